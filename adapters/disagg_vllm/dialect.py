@@ -1,0 +1,98 @@
+"""How the gateway speaks to vLLM: ``kv_transfer_params`` in the body, relay family.
+
+Imports no engine. The prefill worker is asked for one token and answers with the record that the
+connector made (``params.py``); the gateway gives that record and the ticket to the decode worker.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from disagg_plugins.errors import RemoteProtocolError
+from disagg_plugins.gateway.openai import not_splittable
+
+if TYPE_CHECKING:
+    from disagg_plugins.gateway.dialect import Body, HandoffRef
+    from disagg_plugins.types import Family
+
+KEY = "kv_transfer_params"
+VERSION = 1
+
+FOR_DECODE_ONLY = ("stream_options", "min_tokens", "logprobs", "top_logprobs")
+"""Fields that the prefill request leaves out: they ask for output, or forbid one token."""
+
+
+class VllmDialect:
+    """vLLM 0.9 and later with ``DisaggConnector``."""
+
+    engine: str = "vllm"
+    family: Family = "relay"
+
+    def unsplittable(self, body: Body) -> str | None:
+        """Return why the request cannot be split, or None."""
+        if body.get(KEY) is not None:
+            return f"the client set {KEY}"
+        return not_splittable(body)
+
+    def local_body(self, body: Body) -> Body:
+        """Return ``body`` without anything that reaches a KV connector.
+
+        vLLM copies ``vllm_xargs`` and ``kv_transfer_params`` into the same dictionary, so both
+        doors are closed.
+        """
+        xargs = body.get("vllm_xargs")
+        inside = isinstance(xargs, dict) and KEY in xargs
+        if KEY not in body and not inside:
+            return body
+        clean = {k: v for k, v in body.items() if k != KEY}
+        if isinstance(xargs, dict) and inside:
+            clean["vllm_xargs"] = {k: v for k, v in xargs.items() if k != KEY}
+        return clean
+
+    def prefill_body(self, body: Body, ref: HandoffRef) -> Body:
+        """Return the request for one token that is thrown away."""
+        clean = dict(self.local_body(body))
+        for key in FOR_DECODE_ONLY:
+            clean.pop(key, None)
+        clean["stream"] = False
+        clean["max_tokens"] = 1
+        if "max_completion_tokens" in clean:
+            clean["max_completion_tokens"] = 1
+        clean[KEY] = {"disagg": {"version": VERSION, "step": "prefill", "ticket": ref.ticket}}
+        return clean
+
+    def handoff_params(self, answer: Body) -> Body:
+        """Return the answer's ``kv_transfer_params``, checked.
+
+        Raises:
+            RemoteProtocolError: They are absent or false.
+        """
+        params = answer.get(KEY)
+        record = params.get("disagg") if isinstance(params, dict) else None
+        if not isinstance(params, dict) or not isinstance(record, dict):
+            raise RemoteProtocolError(
+                "the prefill worker's answer carries no handoff: the split is configured but does "
+                "not happen; start the worker with --kv-transfer-config for DisaggConnector and "
+                "look in its log for why it did not publish"
+            )
+        if record.get("version") != VERSION:
+            raise RemoteProtocolError(
+                f"the prefill worker speaks version {record.get('version')!r} of the handoff "
+                f"parameters, this gateway {VERSION}: run the same release on both"
+            )
+        tokens, endpoints = record.get("num_tokens"), record.get("endpoints")
+        if type(tokens) is not int or tokens < 1:
+            raise RemoteProtocolError(f"the prefill worker published num_tokens {tokens!r}")
+        if not isinstance(endpoints, list) or not endpoints:
+            raise RemoteProtocolError("the prefill worker names no endpoint that serves the KV")
+        return params
+
+    def decode_body(self, body: Body, ref: HandoffRef, params: Body | None) -> Body:
+        """Return the client's request with the ticket and the prefill worker's record."""
+        clean = dict(self.local_body(body))
+        params = params or {}
+        record = params.get("disagg")
+        record = dict(record) if isinstance(record, dict) else {}
+        record.update(version=VERSION, step="decode", ticket=ref.ticket)
+        clean[KEY] = {**params, "disagg": record}
+        return clean

@@ -1,0 +1,68 @@
+"""What ``kv_connector_extra_config`` says, with the policy and the secret read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from disagg_plugins.credentials import read_secret
+from disagg_plugins.errors import ConfigError
+from disagg_plugins.policy import Policy, load_policy
+from disagg_plugins.telemetry.reports import Reporter
+
+KEYS = ("policy", "worker", "load_failure")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one engine was told.
+
+    Attributes:
+        policy: The policy file's content.
+        secret: The fleet's secret; never printed.
+        worker: The worker's name in reports; the host and process where none was given.
+        load_failure: ``recompute`` (default) or ``fail``, vLLM's own default.
+    """
+
+    policy: Policy
+    secret: bytes = field(repr=False)
+    worker: str
+    load_failure: Literal["recompute", "fail"]
+
+    def make_reporter(self) -> Reporter:
+        """Return the channel to the gateway that the policy names."""
+        gateway = self.policy.gateway
+        return Reporter(f"http://{gateway.host}:{gateway.port}", self.secret, self.worker)
+
+
+def read_settings(extra_config: Mapping[str, Any]) -> Settings:
+    """Read the connector's part of ``--kv-transfer-config``.
+
+    Raises:
+        ConfigError: No policy is named, a key is unknown, or the policy or its secret is wrong.
+    """
+    unknown = sorted(set(extra_config) - set(KEYS))
+    if unknown:
+        raise ConfigError(
+            f"unknown keys {unknown}", key="kv_connector_extra_config", fix=f"allowed: {KEYS}"
+        )
+    path = extra_config.get("policy")
+    if not isinstance(path, str) or not path:
+        raise ConfigError(
+            "no policy file is named",
+            key="kv_connector_extra_config.policy",
+            fix='write "kv_connector_extra_config":{"policy":"disagg.yaml"}',
+        )
+    load_failure = extra_config.get("load_failure", "recompute")
+    if load_failure not in ("recompute", "fail"):
+        raise ConfigError(
+            f"{load_failure!r} is neither recompute nor fail",
+            key="kv_connector_extra_config.load_failure",
+        )
+    policy = load_policy(path)
+    secret = read_secret(policy.secret, Path(path).resolve().parent)
+    worker = str(extra_config.get("worker") or f"{os.uname().nodename}-{os.getpid()}")[:64]
+    return Settings(policy, secret, worker, load_failure)

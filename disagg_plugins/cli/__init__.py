@@ -1,0 +1,1 @@
+"""The ``disagg`` command, one file a subcommand."""

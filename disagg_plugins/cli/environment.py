@@ -1,0 +1,199 @@
+"""Doctor's checks that no engine knows of: this machine, the policy, and its workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import psutil
+
+from disagg_plugins.cli.checks import CheckContext, Finding, Level
+from disagg_plugins.credentials import read_secret
+from disagg_plugins.errors import ConfigError
+from disagg_plugins.launch.local import check_port_free
+from disagg_plugins.types import Role
+
+if TYPE_CHECKING:
+    from disagg_plugins.policy import Policy, WorkerPolicy
+
+PYTHON_NEEDED = (3, 11)
+
+OPEN_FILES_A_REQUEST = 3
+"""The client's connection, and one to each of the two workers."""
+
+ANSWER_S = 3.0
+MAX_ANSWER_BYTES = 1 << 20
+MIB = 1 << 20
+
+
+class EnvironmentCheck:
+    """This machine and what the policy asks of it."""
+
+    name = "environment"
+
+    def run(self, context: CheckContext) -> Sequence[Finding]:
+        """Return the findings; waits for nothing."""
+        return list(self._run(context))
+
+    def _run(self, context: CheckContext) -> Iterator[Finding]:
+        version = platform.python_version()
+        if sys.version_info >= PYTHON_NEEDED:
+            yield Finding(Level.OK, "python", f"{version} at {sys.executable}")
+        else:
+            needed = ".".join(map(str, PYTHON_NEEDED))
+            yield Finding(Level.PROBLEM, "python", version, f"use Python {needed} or newer")
+        for failure in context.plugin_failures:
+            yield Finding(
+                Level.PROBLEM,
+                "plugin",
+                failure,
+                "correct or uninstall it, or name it in plugins.disabled",
+            )
+        if context.policy is not None and context.policy_path is not None:
+            yield self._secret(context.policy, context.policy_path.parent)
+            yield self._open_files(context.policy)
+            yield self._memory(context.policy)
+
+    def _secret(self, policy: Policy, base: Path) -> Finding:
+        try:
+            read_secret(policy.secret, base)
+        except ConfigError as problem:
+            made = policy.secret.env is not None and all(w.launch for w in policy.fleet.workers)
+            note = " (`disagg up` makes one for its own run)" if made else ""
+            return Finding(
+                Level.WARNING if made and policy.secret.env not in os.environ else Level.PROBLEM,
+                "secret",
+                problem.problem + note,
+                problem.fix or "see the policy's secret section",
+            )
+        return Finding(Level.OK, "secret", "can be read")
+
+    def _open_files(self, policy: Policy) -> Finding:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = policy.gateway.max_requests * OPEN_FILES_A_REQUEST
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            return Finding(
+                Level.WARNING,
+                "open files",
+                f"{soft} allowed (hard limit {hard}), {policy.gateway.max_requests} requests at "
+                f"once (gateway.max_requests) need {needed}",
+                f"ulimit -n {needed}, or lower gateway.max_requests",
+            )
+        return Finding(Level.OK, "open files", f"{soft} allowed, at most {needed} needed")
+
+    def _memory(self, policy: Policy) -> Finding:
+        local = [w for w in policy.fleet.workers if w.launch and w.role.serves(Role.PREFILL)]
+        staging_bytes = policy.handoff.staging_bytes * len(local)
+        available_bytes = psutil.virtual_memory().available
+        detail = (
+            f"staging of {len(local)} prefill workers takes up to {staging_bytes // MIB} MiB, "
+            f"{available_bytes // MIB} MiB are available"
+        )
+        if staging_bytes * 2 > available_bytes:
+            return Finding(Level.WARNING, "memory", detail, "lower handoff.staging_bytes")
+        return Finding(Level.OK, "memory", detail)
+
+
+def get_json(url: str, path: str) -> tuple[int, Any]:
+    """Return status and decoded answer of a GET, bounded in time and size; None: not JSON.
+
+    Raises:
+        OSError: Nobody answers.
+        HTTPException: What answers does not speak HTTP.
+    """
+    parts = urlsplit(url)
+    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=ANSWER_S)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        body = answer.read(MAX_ANSWER_BYTES)
+        try:
+            return answer.status, json.loads(body)
+        except ValueError:
+            return answer.status, None
+    finally:
+        connection.close()
+
+
+class WorkersCheck:
+    """The policy's workers: is there a dialect, do they answer, do they serve one model?"""
+
+    name = "workers"
+
+    def run(self, context: CheckContext) -> Sequence[Finding]:
+        """Return one finding a worker, and one for the fleet if its models differ."""
+        if context.policy is None:
+            return []
+        findings: list[Finding] = []
+        models: dict[str, list[str]] = {}
+        for worker in context.policy.fleet.workers:
+            if worker.engine not in context.engines:
+                known = ", ".join(sorted(context.engines)) or "none"
+                findings.append(
+                    Finding(
+                        Level.PROBLEM,
+                        worker.name,
+                        f"no plugin speaks to the engine {worker.engine!r} (known: {known})",
+                        "install its adapter, or correct the worker's engine",
+                    )
+                )
+                continue
+            finding, served = self._ask(worker)
+            findings.append(finding)
+            if served is not None:
+                models.setdefault(served, []).append(worker.name)
+        if len(models) > 1:
+            listed = "; ".join(f"{m}: {', '.join(names)}" for m, names in sorted(models.items()))
+            findings.append(
+                Finding(
+                    Level.PROBLEM,
+                    "fleet",
+                    f"two models in one fleet ({listed})",
+                    "start every worker with the same model and the same served name",
+                )
+            )
+        return findings
+
+    def _ask(self, worker: WorkerPolicy) -> tuple[Finding, str | None]:
+        try:
+            status, answer = get_json(worker.url, "/v1/models")
+            model = str(answer["data"][0]["id"]) if status == 200 else None
+        except OSError:
+            return self._silent(worker), None
+        except (HTTPException, LookupError, TypeError):
+            status, model = 0, None
+        if model is None:
+            said = f"status {status}" if status else "something else"
+            return (
+                Finding(
+                    Level.PROBLEM,
+                    worker.name,
+                    f"{worker.url} answers, but not as an engine does ({said} for /v1/models)",
+                    "another program may have the port: correct the url, or end that program",
+                ),
+                None,
+            )
+        return Finding(Level.OK, worker.name, f"runs at {worker.url} and serves {model}"), model
+
+    def _silent(self, worker: WorkerPolicy) -> Finding:
+        if worker.launch is None:
+            return Finding(
+                Level.WARNING,
+                worker.name,
+                f"nobody answers at {worker.url}",
+                "start the worker, or correct its url",
+            )
+        try:
+            check_port_free(worker)
+        except ConfigError as problem:
+            return Finding(Level.PROBLEM, worker.name, problem.problem, problem.fix or "")
+        return Finding(Level.OK, worker.name, f"does not run; `disagg up` starts it: {worker.url}")

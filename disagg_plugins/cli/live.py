@@ -1,0 +1,159 @@
+"""``disagg doctor --live URL``: finds "configured but not happening", and says why.
+
+A split deployment that quietly serves everything from one side looks healthy from outside. The
+gateway knows better: ``GET /internal/status`` tells what it decided, what workers reported, and
+what decode really loaded. ``judge`` turns that into findings, worst first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from http.client import HTTPException
+from typing import Any
+
+from disagg_plugins.cli.checks import Finding, Level
+from disagg_plugins.cli.environment import get_json
+
+REASONS = {
+    "no report": "no decode worker reported a load",
+    "nothing loaded": "decode reported a load of nothing",
+    "load failed": "decode could not load the KV and computed the prompt",
+}
+"""What the gateway's words for a split that did not happen mean; others are shown as they are."""
+
+CONNECTOR_FIX = (
+    "start every worker with --kv-transfer-config (kv_connector DisaggConnector) and install "
+    "disagg-plugins in its environment; `disagg doctor POLICY` asks each of them"
+)
+
+
+def examine_gateway(url: str) -> Sequence[Finding]:
+    """Return what is wrong, odd or right with the gateway at ``url``."""
+    try:
+        status, answer = get_json(url, "/internal/status")
+    except (OSError, HTTPException, ValueError) as problem:
+        return [
+            Finding(
+                Level.PROBLEM,
+                "gateway",
+                f"{url} does not answer: {problem}",
+                "start it (`disagg up` or `disagg serve`), or correct the address",
+            )
+        ]
+    if status != 200 or not isinstance(answer, dict) or "workers" not in answer:
+        return [
+            Finding(
+                Level.PROBLEM,
+                "gateway",
+                f"{url}/internal/status answers {status}, not as this project's gateway does",
+                "give the gateway's address, not a worker's",
+            )
+        ]
+    order = [Level.PROBLEM, Level.WARNING, Level.OK]
+    return sorted(judge(answer), key=lambda finding: order.index(finding.level))
+
+
+def judge(status: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield findings for the answer of ``/internal/status``."""
+    for worker in status["workers"]:
+        yield _worker(worker)
+    yield from _reports(status)
+    for problem in status.get("split_problems") or ():
+        yield Finding(Level.PROBLEM, "split", str(problem), "make both workers alike, then restart")
+    yield from _split(status)
+    for plugin, count in (status.get("plugin_failures") or {}).items():
+        yield Finding(
+            Level.WARNING,
+            f"plugin {plugin}",
+            f"failed {count:g} times and was skipped",
+            "see the gateway's log; `disagg plugins` lists what is loaded",
+        )
+
+
+def _worker(worker: Mapping[str, Any]) -> Finding:
+    subject = f"worker {worker['name']}"
+    if not worker["healthy"]:
+        reason = worker.get("reason") or worker.get("last_problem") or "no reason told"
+        return Finding(
+            Level.PROBLEM,
+            subject,
+            f"unhealthy: {reason}",
+            f"look at the log of the worker at {worker['url']}",
+        )
+    failed = sum((worker.get("failed") or {}).values())
+    served = worker.get("served", 0)
+    if failed:
+        return Finding(
+            Level.WARNING,
+            subject,
+            f"healthy now; {failed} of {served + failed} calls failed, "
+            f"the last one: {worker.get('last_problem')}",
+            f"look at the log of the worker at {worker['url']}",
+        )
+    return Finding(Level.OK, subject, f"{worker['role']}, healthy, {served} calls served")
+
+
+def _reports(status: Mapping[str, Any]) -> Iterator[Finding]:
+    rejected = status.get("reports_rejected") or {}
+    if rejected.get("signature"):
+        yield Finding(
+            Level.PROBLEM,
+            "secret",
+            f"{rejected['signature']:g} reports of workers had a false signature",
+            "give the gateway and every worker the same secret, and compare the hosts' clocks",
+        )
+    silent = [w["name"] for w in status["workers"] if w["healthy"] and not w.get("hello")]
+    if silent:
+        yield Finding(
+            Level.PROBLEM,
+            "connector",
+            f"never heard of the connector in {', '.join(silent)}",
+            CONNECTOR_FIX,
+        )
+
+
+def _split(status: Mapping[str, Any]) -> Iterator[Finding]:
+    split = status.get("split") or {}
+    recent = split.get("recent_requests", 0)
+    routed = split.get("routed_disaggregated", 0)
+    happened = split.get("happened", 0)
+    roles = {w["role"] for w in status["workers"]}
+    if not recent:
+        yield Finding(Level.OK, "split", "no request yet: ask again after some traffic")
+    elif not routed:
+        yield from _never_routed(status, split, roles)
+    elif happened == routed:
+        tokens = status.get("tokens_from_handoff", 0)
+        yield Finding(
+            Level.OK,
+            "split",
+            f"{routed} of the last {recent} requests were split, all with KV loaded "
+            f"({tokens:g} prompt tokens taken from handoffs in all)",
+        )
+    else:
+        for label, count in (split.get("not_happening") or {}).items():
+            word = str(label).removeprefix("no: ")
+            yield Finding(
+                Level.PROBLEM if happened == 0 or count * 10 > routed else Level.WARNING,
+                "split",
+                f"{count} of {routed} split requests loaded no KV: {REASONS.get(word, word)}",
+                CONNECTOR_FIX if happened == 0 else "see the per-request records (handoff.problem)",
+            )
+
+
+def _never_routed(
+    status: Mapping[str, Any], split: Mapping[str, Any], roles: set[str]
+) -> Iterator[Finding]:
+    recent = split.get("recent_requests", 0)
+    reasons = split.get("local_reasons") or {}
+    listed = "; ".join(f"{count} times: {why}" for why, count in reasons.items())
+    if roles.isdisjoint({"prefill", "both"}):
+        yield Finding(Level.OK, "split", "the policy has no prefill worker: nothing to split")
+        return
+    yield Finding(
+        Level.WARNING,
+        "split",
+        f"none of the last {recent} requests was split ({listed or 'no reason kept'})",
+        "if prompts are shorter than scheduler.split.min_prompt_tokens "
+        f"({status.get('min_prompt_tokens')}), lower it or leave things as they are",
+    )

@@ -1,0 +1,45 @@
+"""``disagg policy check|schema|explain``: the policy file, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from disagg_plugins.cli.common import add_policy, read_policy
+
+if TYPE_CHECKING:
+    import argparse
+
+
+class PolicyCommand:
+    """Checks a policy, explains it in words, or prints the JSON Schema."""
+
+    name = "policy"
+    help = "check a policy file, explain it, or print its JSON Schema"
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add one subparser a verb."""
+        verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+        check = verbs.add_parser("check", help="say whether the file is right, and what is odd")
+        check.add_argument("--strict", action="store_true", help="exit with 1 on warnings too")
+        add_policy(check)
+        add_policy(verbs.add_parser("explain", help="say in words what the file means"))
+        verbs.add_parser("schema", help="print the JSON Schema (for editors)")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Print the answer; a wrong file raises ConfigError."""
+        if args.verb == "schema":
+            from disagg_plugins.policy import policy_schema
+
+            print(json.dumps(policy_schema(), indent=2))
+            return 0
+        loaded = read_policy(args.policy)
+        if args.verb == "explain":
+            from disagg_plugins.policy_advice import explain
+
+            print(explain(loaded.policy))
+            return 0
+        workers = loaded.policy.fleet.workers
+        roles = ", ".join(f"{w.name} ({w.role.value})" for w in workers)
+        print(f"{args.policy}: right; {len(workers)} workers: {roles}")
+        return 1 if args.strict and loaded.warnings else 0

@@ -1,0 +1,73 @@
+"""``disagg serve POLICY``: the gateway alone, before workers that already run."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING
+
+from disagg_plugins.cli.common import add_policy, read_policy, say
+from disagg_plugins.plugins import PluginHost
+
+if TYPE_CHECKING:
+    import argparse
+
+    from disagg_plugins.policy_file import LoadedPolicy
+
+
+def run_gateway(loaded: LoadedPolicy, secret: bytes) -> None:
+    """Serve until SIGINT or SIGTERM, then drain.
+
+    Raises:
+        ConfigError: The port is in use, records cannot be written, or a worker's engine is unknown.
+    """
+    import uvloop
+
+    from disagg_plugins.gateway.app import serve
+
+    gateway = loaded.policy.gateway
+    records = loaded.policy.telemetry.records
+
+    async def main(host: PluginHost) -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def end() -> None:
+            # The handlers go away here: the next signal ends the process at once.
+            say(f"draining for at most {gateway.drain_s:g} s; a second signal ends at once")
+            stop.set()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, end)
+        await serve(
+            loaded.policy,
+            host,
+            secret=secret,
+            records_path=loaded.base_dir / records.expanduser() if records else None,
+            ready=lambda _: say(f"gateway is ready: http://{gateway.host}:{gateway.port}"),
+            stop=stop,
+        )
+
+    with PluginHost.load(loaded.policy.plugins) as host:
+        host.start(loaded.policy)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main(host))
+
+
+class ServeCommand:
+    """Runs the gateway in the foreground."""
+
+    name = "serve"
+    help = "run the gateway before workers that already run"
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the policy."""
+        add_policy(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Serve until told to stop."""
+        loaded = read_policy(args.policy)
+        run_gateway(loaded, loaded.secret())
+        return 0

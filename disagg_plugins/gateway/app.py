@@ -1,0 +1,182 @@
+"""Starting and ending a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from disagg_plugins.errors import ConfigError
+from disagg_plugins.gateway.client_connection import ClientConnection
+from disagg_plugins.gateway.dialect import HandoffRef
+from disagg_plugins.gateway.server import Gateway, Parts
+from disagg_plugins.handoff.tickets import mint
+from disagg_plugins.scheduling.decision import Scheduler
+from disagg_plugins.telemetry.records import RecordFile
+from disagg_plugins.types import HandoffId, Worker
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from disagg_plugins.plugins import PluginHost
+    from disagg_plugins.policy import Policy
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn."""
+
+
+async def serve(
+    policy: Policy,
+    host: PluginHost,
+    *,
+    secret: bytes,
+    records_path: Path | None = None,
+    ready: Callable[[Gateway], object] | None = None,
+    stop: asyncio.Event,
+) -> None:
+    """Run a gateway until ``stop`` is set, then drain it.
+
+    Args:
+        policy: The policy.
+        host: The loaded plugins.
+        secret: The fleet's secret.
+        records_path: Where to write records; None: nowhere.
+        ready: Called once the port accepts connections.
+        stop: Set it to end; open requests get ``gateway.drain_s``.
+
+    Raises:
+        ConfigError: The port is in use, the records cannot be written, or an engine of the fleet
+            has no dialect.
+    """
+    _check_engines(policy, host)
+    records = RecordFile(records_path) if records_path is not None else None
+    try:
+        sock = _listen(policy)
+        try:
+            await _run(policy, _parts(policy, host, secret, records), sock, ready, stop)
+        finally:
+            sock.close()
+    finally:
+        if records is not None:
+            records.close()
+
+
+def run(
+    policy: Policy,
+    host: PluginHost,
+    *,
+    secret: bytes,
+    records_path: Path | None = None,
+    ready: Callable[[Gateway], object] | None = None,
+) -> None:
+    """Run a gateway on a fast event loop until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: See ``serve``.
+    """
+    import uvloop
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await serve(
+            policy, host, secret=secret, records_path=records_path, ready=ready, stop=stop
+        )
+
+    uvloop.run(main())
+
+
+async def _run(
+    policy: Policy,
+    parts: Parts,
+    sock: socket.socket,
+    ready: Callable[[Gateway], object] | None,
+    stop: asyncio.Event,
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with asyncio.TaskGroup() as tasks:
+        gateway = Gateway(policy, parts, tasks)
+        server = await loop.create_server(
+            lambda: ClientConnection(gateway), sock=sock, backlog=BACKLOG
+        )
+        background = [tasks.create_task(gateway.prober.run()), tasks.create_task(gateway.watch())]
+        log.info("listening on http://%s:%d", policy.gateway.host, policy.gateway.port)
+        try:
+            if ready is not None:
+                ready(gateway)
+            await stop.wait()
+        finally:
+            server.close()
+            await gateway.drain()
+            for task in background:
+                task.cancel()
+
+
+def _check_engines(policy: Policy, host: PluginHost) -> None:
+    dialects = host.dialects()
+    for worker in policy.fleet.workers:
+        if worker.engine not in dialects:
+            raise ConfigError(
+                f"worker {worker.name!r} has engine {worker.engine!r}, for which no plugin offers "
+                f"a dialect; there are {', '.join(sorted(dialects)) or 'none'}",
+                key="fleet.workers.engine",
+                fix="correct the name, or install the adapter",
+            )
+
+
+def _parts(policy: Policy, host: PluginHost, secret: bytes, records: RecordFile | None) -> Parts:
+    ticket_s = policy.handoff.ticket_s
+
+    def new_handoff(prefill: Worker, decode: Worker) -> HandoffRef:
+        handoff_id = HandoffId(os.urandom(16).hex())
+        ticket = mint(
+            secret,
+            handoff_id=handoff_id,
+            prefill=prefill.name,
+            decode=decode.name,
+            now_s=time.time(),
+            valid_s=ticket_s,
+        )
+        return HandoffRef(handoff_id, ticket, prefill, decode)
+
+    def plugin_failures() -> dict[str, int]:
+        failures: Counter[str] = Counter()
+        for (plugin, _, _), count in host.counts.items():
+            failures[plugin] += count
+        for error in host.failures:
+            failures[error.plugin] += 1
+        return dict(failures)
+
+    return Parts(
+        scheduler=Scheduler(host, policy),
+        dialects=host.dialects(),
+        secret=secret,
+        mint=new_handoff,
+        records=records,
+        plugin_failures=plugin_failures,
+    )
+
+
+def _listen(policy: Policy) -> socket.socket:
+    where = (policy.gateway.host, policy.gateway.port)
+    family = socket.AF_INET6 if ":" in policy.gateway.host else socket.AF_INET
+    try:
+        sock = socket.create_server(where, family=family, backlog=BACKLOG)
+    except OSError as exc:
+        raise ConfigError(
+            f"cannot listen on {where[0]}:{where[1]}: {exc.strerror}",
+            key="gateway.port",
+            fix="another process uses the port, or the address is not this machine's",
+        ) from exc
+    sock.setblocking(False)
+    return sock

@@ -1,0 +1,337 @@
+"""One client connection: reads requests, frames answers, notices that the client went away.
+
+One request is answered at a time; bytes of a next one that come early wait within a bound. While
+an answer is being made the socket stays open for reading, because that is how a client's leaving
+is seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+import httptools
+
+from disagg_plugins.gateway.openai import error_body
+from disagg_plugins.gateway.wire import Header, answer_head
+
+if TYPE_CHECKING:
+    from disagg_plugins.gateway.server import Gateway
+
+MAX_HEAD_BYTES = 64 * 1024
+MAX_HEADERS = 256
+MAX_EARLY_BYTES = 64 * 1024
+"""Bytes of later requests that wait while one is answered; then the connection closes after it."""
+
+MAX_EARLY_REQUESTS = 16
+WRITE_HIGH_BYTES = 64 * 1024
+"""Unsent bytes at which reading from the worker stops."""
+
+LINGER_S = 2.0
+"""How long a refused client may go on sending into the void before it is cut off."""
+
+FOREVER = float("inf")
+JSON = b"content-type: application/json\r\n"
+
+
+@dataclass(slots=True)
+class Request:
+    """One request of a client."""
+
+    method: bytes
+    path: bytes
+    headers: list[Header]
+    body: bytes
+    keep_alive: bool
+    http10: bool
+
+
+class Answering(Protocol):
+    """Whoever is making the answer."""
+
+    def client_gone(self) -> None:
+        """The connection is closed."""
+        ...
+
+    def client_slow(self, slow: bool) -> None:
+        """Unsent bytes passed the upper bound (True) or fell below the lower one (False)."""
+        ...
+
+
+class ClientConnection(asyncio.Protocol):
+    """One connection of a client."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._parser = httptools.HttpRequestParser(self)
+        self._requests: deque[Request] = deque()
+        self._request: Request | None = None
+        self._answering: Answering | None = None
+        self._early = b""
+        self._refusal: tuple[int, str] | None = None
+        self._last = False
+        self._chunked = False
+        self._receiving = False
+        self.deadline_s = FOREVER
+        self._reset()
+
+    def _reset(self) -> None:
+        self._url = b""
+        self._headers: list[Header] = []
+        self._head_bytes = 0
+        self._head_done = False
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        self.deadline_s = time.monotonic() + self._gateway.policy.gateway.client_idle_s
+        self._gateway.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gateway.connections.discard(self)
+        self._last = True
+        self._request = None
+        answering, self._answering = self._answering, None
+        if answering is not None:
+            answering.client_gone()
+
+    def pause_writing(self) -> None:
+        if self._answering is not None:
+            self._answering.client_slow(True)
+
+    def resume_writing(self) -> None:
+        if self._answering is not None:
+            self._answering.client_slow(False)
+
+    def data_received(self, data: bytes) -> None:
+        if self._request is not None or self._early:
+            self._early += data
+            if len(self._early) > MAX_EARLY_BYTES:
+                self._last, self._early = True, b""
+                self.transport.pause_reading()
+            return
+        if not self._last:
+            self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        if not self._receiving:
+            self._receiving = True
+            self.deadline_s = time.monotonic() + self._gateway.policy.gateway.client_idle_s
+        if not self._head_done:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._last = True  # the offer is declined; what follows the request is not read
+        except httptools.HttpParserError as exc:
+            self._refuse(400, f"this is not a valid HTTP/1.1 request: {exc}")
+        if not self._head_done and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, f"the request's head exceeds {MAX_HEAD_BYTES} bytes")
+        self._next()
+
+    def _feed_early(self) -> None:
+        early, self._early = self._early, b""
+        if early and not self._last:
+            self._feed(early)
+
+    def _refuse(self, status: int, message: str) -> None:
+        if self._refusal is None:
+            self._refusal = (status, message)
+
+    def _next(self) -> None:
+        """Begin the next answer if none is being made."""
+        if self._request is not None or self.transport.is_closing():
+            return
+        if self._requests:
+            self._request = request = self._requests.popleft()
+            self._receiving = False
+            self.deadline_s = FOREVER
+            self._gateway.handle(request, self)
+        elif self._refusal is not None:
+            status, message = self._refusal
+            self._last = True
+            self._gateway.metrics.count("disagg_client_errors", (str(status),))
+            self._request = Request(b"GET", b"", [], b"", False, False)
+            self.answer(status, error_body(status, message))
+
+    # httptools; these must not raise
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._reset()
+
+    def on_url(self, url: bytes) -> None:
+        """Part of the target."""
+        if len(self._url) <= MAX_HEAD_BYTES:
+            self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header line."""
+        self._head_bytes += len(name) + len(value)
+        if len(self._headers) >= MAX_HEADERS or self._head_bytes > 2 * MAX_HEAD_BYTES:
+            self._refuse(431, f"more than {MAX_HEADERS} headers or {MAX_HEAD_BYTES} bytes of them")
+            return
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """The head is complete: check what can be checked before the body."""
+        self._head_done = True
+        expects = False
+        length = 0
+        for name, value in self._headers:
+            if name == b"content-length":
+                length = int(value) if value.isdigit() and len(value) < 19 else 1 << 62
+            elif name == b"expect":
+                expects = value.lower() == b"100-continue"
+        if length > self._gateway.policy.gateway.max_body_bytes:
+            self._too_large()
+        elif expects and self._refusal is None and self._request is None:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _too_large(self) -> None:
+        bound = self._gateway.policy.gateway.max_body_bytes
+        self._refuse(413, f"the body exceeds {bound} bytes (policy key gateway.max_body_bytes)")
+
+    def on_body(self, body: bytes) -> None:
+        """Part of the body, without framing."""
+        self._body_bytes += len(body)
+        if self._body_bytes > self._gateway.policy.gateway.max_body_bytes:
+            self._body.clear()
+            self._too_large()
+        elif self._refusal is None:
+            self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        """The request is complete."""
+        if self._refusal is not None:
+            return
+        if len(self._requests) >= MAX_EARLY_REQUESTS:
+            self._refuse(400, f"more than {MAX_EARLY_REQUESTS} requests sent ahead")
+            return
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        http10 = self._parser.get_http_version() == "1.0"
+        keep_alive = self._parser.should_keep_alive()
+        method = self._parser.get_method()
+        self._requests.append(
+            Request(method, self._url, self._headers, body, keep_alive, http10)
+        )
+        self._reset()
+
+    # Answers
+
+    def answering(self, by: Answering) -> None:
+        """Name who is told when the client goes or is slow."""
+        self._answering = by
+
+    def answer(self, status: int, body: bytes, lines: bytes = JSON) -> None:
+        """Send a whole answer."""
+        request = self._request
+        if request is None:
+            return
+        close = self._closes(request)
+        head = answer_head(
+            status, lines, length_bytes=len(body), chunked=False, close=close
+        )
+        self.transport.write(head if request.method == b"HEAD" else head + body)
+        self._answered()
+
+    def start(self, status: int, lines: bytes, first: bytes) -> None:
+        """Send the head of an answer of unknown length and its first bytes."""
+        request = self._request
+        if request is None:
+            return
+        self._chunked = not request.http10
+        close = self._closes(request) or request.http10
+        self._last = close
+        head = answer_head(status, lines, length_bytes=None, chunked=self._chunked, close=close)
+        if self._chunked:
+            self.transport.write(b"%b%x\r\n%b\r\n" % (head, len(first), first))
+        else:
+            self.transport.write(head + first)
+
+    def write(self, data: bytes) -> None:
+        """Send more of an answer that was started."""
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self.transport.write(data)
+
+    def complete(self) -> None:
+        """End an answer that was started."""
+        if self._chunked:
+            self.transport.write(b"0\r\n\r\n")
+        self._answered()
+
+    def break_off(self, last: bytes) -> None:
+        """End an answer that was started so that it cannot be taken for complete."""
+        if self._request is None:
+            return
+        if last:
+            self.write(last)
+        self._answering = None
+        self._request = None
+        self._last = True
+        if self._chunked:
+            self.transport.close()  # the end chunk is missing: clients see a broken answer
+        else:
+            self.transport.abort()
+
+    def _closes(self, request: Request) -> bool:
+        if not request.keep_alive or self._gateway.draining:
+            self._last = True
+        return self._last
+
+    def _answered(self) -> None:
+        self._answering = None
+        self._request = None
+        if self._last:
+            self._leave()
+            return
+        self.deadline_s = time.monotonic() + self._gateway.policy.gateway.client_idle_s
+        if self._requests or self._refusal is not None:
+            asyncio.get_running_loop().call_soon(self._next)
+        elif self._early:
+            asyncio.get_running_loop().call_soon(self._feed_early)
+
+    def _leave(self) -> None:
+        """Close; after a refusal, only once the client had time to read why.
+
+        Closing with unread bytes in the socket makes the kernel reset the connection, which can
+        destroy the answer on its way.
+        """
+        if self._refusal is None or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        self.deadline_s = time.monotonic() + LINGER_S
+
+    def expire(self) -> None:
+        """The deadline passed: an unfinished request is refused, an idle connection closed."""
+        if self._request is not None:
+            return
+        if self._receiving and not self._last:
+            idle_s = self._gateway.policy.gateway.client_idle_s
+            self._refuse(408, f"the request was not complete within {idle_s:g} s")
+            self._requests.clear()
+            self._next()
+        else:
+            self.transport.abort()
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is being made."""
+        return self._request is not None
+
+    def close(self) -> None:
+        """Close: at once when idle, after the answer otherwise."""
+        self._last = True
+        if self._request is None:
+            self.transport.close()

@@ -1,0 +1,161 @@
+"""Everything the gateway answers itself: health, models, metrics, status, workers' reports."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from disagg_plugins import __version__
+from disagg_plugins.errors import AuthenticationError, RemoteProtocolError
+from disagg_plugins.gateway.wire import header_value
+from disagg_plugins.telemetry.reports import MAX_BODY_BYTES, read_reports, verify
+
+if TYPE_CHECKING:
+    from disagg_plugins.gateway.client_connection import ClientConnection, Request
+    from disagg_plugins.gateway.server import Gateway
+
+MAX_HELLO_KEYS = 16
+TEXT = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
+
+encode = msgspec.json.encode
+
+
+def health(gateway: Gateway, request: Request, client: ClientConnection) -> None:
+    """Answer that the process lives."""
+    client.answer(200, b'{"status":"ok"}')
+
+
+def ready(gateway: Gateway, request: Request, client: ClientConnection) -> None:
+    """Answer 200 when some decode worker can take requests; name what is not ready."""
+    roles = gateway.fleet.ready()
+    states = gateway.fleet.states.values()
+    reasons = {s.worker.name: s.reason for s in states if not s.healthy}
+    can = roles["decode"] and not gateway.draining
+    body: dict[str, object] = {
+        "ready": can,
+        "roles": roles,
+        "not_ready": reasons,
+        "split_problems": gateway.fleet.problems(),
+    }
+    if not can:
+        body["reason"] = "shutting down" if gateway.draining else "no healthy decode worker"
+    client.answer(200 if can else 503, encode(body))
+
+
+def models(gateway: Gateway, request: Request, client: ClientConnection) -> None:
+    """Answer the models of all healthy workers, as the probes last saw them."""
+    cards = gateway.prober.cards
+    served = [cards.get(m, {"id": m, "object": "model"}) for m in gateway.fleet.served_models()]
+    client.answer(200, encode({"object": "list", "data": served}))
+
+
+def metrics(gateway: Gateway, request: Request, client: ClientConnection) -> None:
+    """Answer all numbers in Prometheus' text format."""
+    for plugin, failures in gateway.plugin_failures().items():
+        gateway.metrics.put("disagg_plugin_failures", (plugin,), failures)
+    client.answer(200, gateway.metrics.text(), TEXT)
+
+
+def status(gateway: Gateway, request: Request, client: ClientConnection) -> None:
+    """Answer everything that ``disagg doctor --live`` reads."""
+    client.answer(200, encode(status_of(gateway)))
+
+
+def status_of(gateway: Gateway) -> dict[str, object]:
+    """Return the state of the gateway; holds no secret and no content of requests."""
+    workers = []
+    for state in gateway.fleet.states.values():
+        workers.append(
+            {
+                "name": state.worker.name,
+                "url": state.worker.url,
+                "engine": state.worker.engine,
+                "role": str(state.worker.role),
+                "healthy": state.healthy,
+                "reason": state.reason,
+                "models": list(state.models),
+                "requests": state.requests,
+                "prompt_tokens": state.prompt_tokens,
+                "served": state.served,
+                "failed": dict(state.failed),
+                "last_problem": state.last_problem,
+                "hello": dict(state.hello) if state.hello is not None else None,
+                "connections": gateway.pools[state.worker.name].counts(),
+            }
+        )
+    return {
+        "version": __version__,
+        "model": gateway.fleet.model(),
+        "draining": gateway.draining,
+        "in_flight": len(gateway.active),
+        "client_connections": len(gateway.connections),
+        "handoffs_open": len(gateway.ledger),
+        "roles": gateway.fleet.ready(),
+        "workers": workers,
+        "split_problems": gateway.fleet.problems(),
+        "split": _split_share(gateway),
+        "min_prompt_tokens": gateway.policy.scheduler.split.min_prompt_tokens,
+        "requests": gateway.metrics.counts("disagg_requests"),
+        "handoffs": gateway.metrics.counts("disagg_handoffs"),
+        "tokens_from_handoff": gateway.metrics.value("disagg_tokens_from_handoff"),
+        "tokens_recomputed": gateway.metrics.value("disagg_tokens_recomputed"),
+        "reports_rejected": gateway.metrics.counts("disagg_reports_rejected"),
+        "reports_received": gateway.metrics.counts("disagg_reports_received"),
+        "plugin_failures": gateway.plugin_failures(),
+    }
+
+
+def _split_share(gateway: Gateway) -> dict[str, object]:
+    recent = list(gateway.recent)
+    routed = [split for route, split, _ in recent if route == "disaggregated"]
+    happened = sum(split == "yes" for split in routed)
+    return {
+        "recent_requests": len(recent),
+        "routed_disaggregated": len(routed),
+        "happened": happened,
+        "not_happening": dict(Counter(s for s in routed if s != "yes")),
+        "local_reasons": dict(
+            Counter(why for route, _, why in recent if route == "local").most_common(10)
+        ),
+    }
+
+
+def reports(gateway: Gateway, request: Request, client: ClientConnection) -> None:
+    """Take signed reports of workers."""
+    if len(request.body) > MAX_BODY_BYTES:
+        _refuse(gateway, client, 413, "too_large", f"reports exceed {MAX_BODY_BYTES} bytes")
+        return
+    signature = header_value(request.headers, b"x-disagg-signature") or b""
+    try:
+        verify(gateway.report_key, signature.decode("latin-1"), request.body, time.time())
+        found = read_reports(request.body)
+    except AuthenticationError as exc:
+        _refuse(gateway, client, 403, "signature", str(exc))
+        return
+    except RemoteProtocolError as exc:
+        _refuse(gateway, client, 400, "malformed", str(exc))
+        return
+    for report in found:
+        _take(gateway, report)
+    client.answer(204, b"", b"")
+
+
+def _take(gateway: Gateway, report: dict[str, object]) -> None:
+    kind, worker = str(report["kind"]), str(report["worker"])
+    gateway.metrics.count("disagg_reports_received", (kind,))
+    if kind == "hello":
+        short = {k: v for k, v in list(report.items())[:MAX_HELLO_KEYS] if len(str(v)) <= 2048}
+        if not gateway.fleet.greet(worker, short):
+            gateway.metrics.count("disagg_reports_rejected", ("unknown_worker",))
+    elif not gateway.ledger.report(report):
+        gateway.metrics.count("disagg_reports_rejected", ("unknown_handoff",))
+
+
+def _refuse(
+    gateway: Gateway, client: ClientConnection, status: int, reason: str, message: str
+) -> None:
+    gateway.metrics.count("disagg_reports_rejected", (reason,))
+    gateway.refuse(client, status, message, code=reason)

@@ -1,0 +1,437 @@
+"""Carries out the flow of one request: executes its commands, reports what happens as events.
+
+Callbacks only, no task and no future a request: that is what keeps a request cheap. The machine
+that decides is ``flow.py``; the numbers are kept in ``timeline.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from disagg_plugins.errors import RemoteProtocolError
+from disagg_plugins.gateway import flow as f
+from disagg_plugins.gateway.dialect import HandoffRef
+from disagg_plugins.gateway.openai import error_body
+from disagg_plugins.gateway.sse import SseObserver, read_answer
+from disagg_plugins.gateway.timeline import Timeline
+from disagg_plugins.gateway.upstream import Call
+from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded, header_value, post
+from disagg_plugins.telemetry.records import FailureRecord, RequestRecord
+from disagg_plugins.types import Decision, Disaggregated, Worker
+
+if TYPE_CHECKING:
+    from disagg_plugins.gateway.client_connection import ClientConnection
+    from disagg_plugins.gateway.openai import ParsedRequest
+    from disagg_plugins.gateway.server import Gateway
+    from disagg_plugins.gateway.wire import Header
+
+log = logging.getLogger(__name__)
+
+MAX_WHOLE_BYTES = 1 << 20
+"""An answer that is not a stream is held up to this length, so that a failure inside it can still
+be retried; a longer one is passed on as it comes."""
+
+MAX_PREFILL_ANSWER_BYTES = 8 << 20
+"""One token and the handoff's parameters are a few KiB."""
+
+FOREVER = float("inf")
+
+encode = msgspec.json.encode
+
+
+class Exchange:
+    """One request on its way."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        client: ClientConnection,
+        parsed: ParsedRequest,
+        decision: Decision,
+        *,
+        request_id: str,
+        shared_headers: bytes,
+        arrival_s: float,
+    ) -> None:
+        route = decision.route
+        self._gateway = gateway
+        self._client = client
+        self._parsed = parsed
+        self._decision = decision
+        self._shared = shared_headers
+        self._route = route
+        self._decode = route.decode
+        self._ref: HandoffRef | None = None
+        self._flow = f.Flow()
+        self._times = Timeline(arrival_s)
+        self._calls: dict[str, Call] = {}
+        self._tokens_on: dict[str, tuple[str, int]] = {}
+        self._status: dict[str, int] = {}
+        self._headers: dict[str, list[Header]] = {}
+        self._bodies: dict[str, list[bytes]] = {"prefill": [], "decode": []}
+        self._sizes_bytes = {"prefill": 0, "decode": 0}
+        self._sse: SseObserver | None = None
+        self._first = b""
+        self._whole = False
+        self._slow = False
+        self.prefill_deadline_s = FOREVER
+        self.decode_deadline_s = FOREVER
+        self.record = RequestRecord(
+            request_id=request_id,
+            at_s=time.time(),
+            endpoint=parsed.endpoint,
+            model=parsed.model,
+            route="disaggregated" if isinstance(route, Disaggregated) else "local",
+            why=decision.reason,
+            prefill=route.prefill.name if isinstance(route, Disaggregated) else None,
+            decode=route.decode.name,
+            stream=parsed.stream,
+            prompt_tokens_estimate=parsed.prompt_tokens,
+        )
+
+    def begin(self) -> None:
+        """Start: mint the handoff if there is one, make the first calls."""
+        self._client.answering(self)
+        route = self._route
+        if isinstance(route, Disaggregated):
+            self._ref = self._gateway.mint(route.prefill, route.decode)
+            self._gateway.ledger.open(self._ref.handoff_id)
+            family = self._gateway.fleet.dialects[route.decode.engine].family
+            self._do(self._flow.on(f.Started(family)))
+        else:
+            self._do(self._flow.on(f.Started(None)))
+
+    # What happens
+
+    def client_gone(self) -> None:
+        """The client closed its connection."""
+        self.record.client_gone = True
+        self._do(self._flow.on(f.ClientGone()))
+
+    def client_slow(self, slow: bool) -> None:
+        """Stop or go on reading the worker's answer."""
+        call = self._calls.get("decode")
+        self._slow = slow
+        self._touch(time.monotonic())
+        if call is not None and slow:
+            call.pause()
+        elif call is not None:
+            call.resume()
+
+    def expire(self, now_s: float) -> None:
+        """A deadline passed."""
+        policy = self._gateway.policy.gateway
+        if now_s > self.prefill_deadline_s:
+            self.prefill_deadline_s = FOREVER
+            detail = f"no answer within {policy.prefill_s:g} s (policy key gateway.prefill_s)"
+            self._do(self._flow.on(f.PrefillFailed("timeout", detail)))
+        if now_s <= self.decode_deadline_s:
+            return
+        self.decode_deadline_s = FOREVER
+        if self._slow:
+            log.warning("request %s: the client stopped reading", self.record.request_id)
+            self._do(self._flow.on(f.ClientGone()))
+            self._client.transport.abort()
+        elif self._flow.state is f.State.STREAM:
+            detail = f"nothing more within {policy.idle_s:g} s (policy key gateway.idle_s)"
+            self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
+        else:
+            key, bound_s = "first_byte_s", policy.first_byte_s
+            detail = f"no answer within {bound_s:g} s (policy key gateway.{key})"
+            self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
+
+    def call_head(self, call: Call, status: int, headers: list[Header]) -> None:
+        """The head of a worker's answer came."""
+        self._status[call.side] = status
+        self._headers[call.side] = headers
+        if call.side == "decode":
+            kind = header_value(headers, b"content-type") or b""
+            if status == 200 and kind.startswith(b"text/event-stream"):
+                self._sse = SseObserver()
+
+    def call_data(self, call: Call, data: bytes) -> None:
+        """Bytes of a worker's answer came."""
+        if call.side == "prefill":
+            self._keep(call, data, MAX_PREFILL_ANSWER_BYTES)
+            return
+        now_s = time.monotonic()
+        if not self._slow:
+            streaming = self._flow.state is f.State.STREAM
+            policy = self._gateway.policy.gateway
+            self.decode_deadline_s = now_s + (policy.idle_s if streaming else policy.first_byte_s)
+        if self._sse is not None:
+            data = self._sse.feed(data)
+            if not data:
+                return
+        elif self._flow.state is not f.State.STREAM:
+            self._keep(call, data, MAX_WHOLE_BYTES)
+            return
+        self._times.chunk(now_s)
+        if self._flow.state is f.State.STREAM:
+            self._client.write(data)
+        else:
+            self._first = data
+            self._do(self._flow.on(f.DecodeStarted()))
+
+    def _keep(self, call: Call, data: bytes, bound_bytes: int) -> None:
+        side = call.side
+        self._bodies[side].append(data)
+        self._sizes_bytes[side] += len(data)
+        if self._sizes_bytes[side] <= bound_bytes:
+            return
+        if side == "decode" and self._status[side] == 200:
+            self._first = b"".join(self._bodies[side])
+            self._bodies[side] = []
+            self._times.chunk(time.monotonic())
+            self._do(self._flow.on(f.DecodeStarted()))
+            return
+        call.cancel()
+        self.call_failed(call, "garbage", f"its answer exceeds {bound_bytes} bytes")
+
+    def call_end(self, call: Call) -> None:
+        """A worker's answer is complete."""
+        if call.side == "prefill":
+            self._prefill_end()
+        elif self._status["decode"] != 200:
+            self._do(self._flow.on(f.DecodeRejected(self._status["decode"])))
+        elif self._sse is not None:
+            self._stream_end(self._sse)
+        elif self._flow.state is f.State.STREAM:
+            self._do(self._flow.on(f.DecodeEnded()))
+        else:
+            self._whole_end()
+
+    def call_failed(self, call: Call, kind: str, detail: str) -> None:
+        """A worker's answer will never be complete."""
+        if call.side == "prefill":
+            self._do(self._flow.on(f.PrefillFailed(kind, detail)))
+        elif self._sse is not None and self._sse.done:
+            self._do(self._flow.on(f.DecodeEnded()))  # all was said; only the framing is missing
+        else:
+            self._do(self._flow.on(f.DecodeFailed(kind, detail)))
+
+    def _prefill_end(self) -> None:
+        status = self._status["prefill"]
+        self.prefill_deadline_s = FOREVER
+        self._times.prefill_end_s = time.monotonic()
+        if status != 200:
+            self._do(self._flow.on(f.PrefillRejected(status)))
+            return
+        dialect = self._gateway.fleet.dialects[self._decode.engine]
+        params: dict[str, object] | None = None
+        if dialect.family == "relay":
+            try:
+                answer = msgspec.json.decode(b"".join(self._bodies["prefill"]))
+                params = dialect.handoff_params(answer if isinstance(answer, dict) else {})
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+                detail = f"its answer is not JSON: {exc}"
+                self._do(self._flow.on(f.PrefillFailed("garbage", detail)))
+                return
+            except RemoteProtocolError as exc:
+                self._do(self._flow.on(f.PrefillFailed("no_handoff", str(exc))))
+                return
+        self._bodies["prefill"] = []
+        self._succeeded("prefill")
+        self._do(self._flow.on(f.PrefillAnswered(params)))
+
+    def _stream_end(self, sse: SseObserver) -> None:
+        if not sse.done:
+            detail = "the worker ended the stream without [DONE]"
+            self._do(self._flow.on(f.DecodeFailed("truncated", detail)))
+            return
+        if sse.held:
+            self._client.write(sse.rest())
+        self._succeeded("decode")
+        self._do(self._flow.on(f.DecodeEnded()))
+
+    def _whole_end(self) -> None:
+        body = b"".join(self._bodies["decode"])
+        said = read_answer(body)
+        if not body.startswith(b"{") or not body.rstrip().endswith(b"}"):
+            self._do(self._flow.on(f.DecodeFailed("garbage", "its answer is not a JSON object")))
+            return
+        self.record.finish = said.finish
+        self.record.prompt_tokens = said.prompt_tokens
+        self.record.output_tokens = said.output_tokens
+        self._first, self._whole = body, True
+        self._times.chunk(time.monotonic())
+        self._succeeded("decode")
+        self._do(self._flow.on(f.DecodeStarted()))
+        self._do(self._flow.on(f.DecodeEnded()))
+
+    # What is done about it
+
+    def _do(self, commands: list[f.Command]) -> None:
+        for command in commands:
+            _EXECUTE[type(command)](self, command)
+
+    def _send_prefill(self, _: f.Command) -> None:
+        route, ref = self._route, self._ref
+        if not isinstance(route, Disaggregated) or ref is None:
+            return
+        policy = self._gateway.policy.gateway
+        now_s = self._times.prefill_start_s = time.monotonic()
+        self.prefill_deadline_s = now_s + policy.prefill_s
+        dialect = self._gateway.fleet.dialects[route.prefill.engine]
+        body = encode(dialect.prefill_body(self._parsed.body, ref))
+        self._send("prefill", route.prefill, body, self._parsed.prompt_tokens)
+
+    def _send_decode(self, command: f.Command) -> None:
+        params = command.params if isinstance(command, f.SendDecode) else None
+        if self._ref is None:
+            return
+        dialect = self._gateway.fleet.dialects[self._decode.engine]
+        body = encode(dialect.decode_body(self._parsed.body, self._ref, params))
+        self._send("decode", self._decode, body, 0)
+
+    def _send_local(self, command: f.Command) -> None:
+        if isinstance(command, f.SendLocal) and command.elsewhere:
+            other = self._gateway.another_decode(self.record.request_id, self._parsed, self._decode)
+            if other is None and not command.else_same:
+                self._do(self._flow.on(f.NoWorker()))
+                return
+            self._decode = other or self._decode
+            self.record.decode = self._decode.name
+        parsed = self._parsed
+        dialect = self._gateway.fleet.dialects.get(self._decode.engine)
+        body = parsed.body if dialect is None else dialect.local_body(parsed.body)
+        raw = parsed.raw if body is parsed.body else encode(body)
+        self._send("decode", self._decode, raw, parsed.prompt_tokens)
+
+    def _send(self, side: str, worker: Worker, body: bytes, prompt_tokens: int) -> None:
+        gateway = self._gateway
+        if side == "decode":
+            self._sse = None
+            self.decode_deadline_s = time.monotonic() + gateway.policy.gateway.first_byte_s
+        self._bodies[side] = []
+        self._sizes_bytes[side] = 0
+        gateway.fleet.begin(worker.name, prompt_tokens)
+        self._tokens_on[side] = (worker.name, prompt_tokens)
+        pool = gateway.pools[worker.name]
+        path = self._parsed.endpoint.encode("ascii")
+        call = Call(side, post(path, pool.host_header, self._shared, body), self)
+        self._calls[side] = call
+        pool.submit(call)
+
+    def _leave(self, side: str) -> None:
+        """The worker of ``side`` has no more work of this request."""
+        on = self._tokens_on.pop(side, None)
+        if on is not None:
+            self._gateway.fleet.end(*on)
+        self._calls.pop(side, None)
+
+    def _succeeded(self, side: str) -> None:
+        on = self._tokens_on.get(side)
+        if on is not None:
+            self._gateway.fleet.succeeded(on[0])
+        self._leave(side)
+
+    def _start_answer(self, _: f.Command) -> None:
+        on = self._tokens_on.get("decode")
+        if on is not None and on[1]:
+            self._gateway.fleet.prompt_read(*on)
+            self._tokens_on["decode"] = (on[0], 0)
+        self.record.status = 200
+        lines = self._lines(self._headers["decode"])
+        if self._whole:
+            self._client.answer(200, self._first, lines)
+        else:
+            self._client.start(200, lines, self._first)
+            self._touch(time.monotonic())
+        self._first = b""
+
+    def _lines(self, headers: list[Header]) -> bytes:
+        lines = forwarded(headers, NOT_DOWNSTREAM)
+        return b"%bx-request-id: %b\r\n" % (lines, self.record.request_id.encode("ascii"))
+
+    def _touch(self, now_s: float) -> None:
+        policy = self._gateway.policy.gateway
+        if self._flow.state is f.State.STREAM:
+            self.decode_deadline_s = now_s + policy.idle_s
+
+    def _complete_answer(self, _: f.Command) -> None:
+        if not self._whole:
+            self._client.complete()
+
+    def _break_answer(self, command: f.Command) -> None:
+        last = b""
+        if self._sse is not None and isinstance(command, f.BreakAnswer):
+            error = error_body(502, command.message, code="upstream_broke_off")
+            last = b"data: %b\n\n" % error
+        self._client.break_off(last)
+
+    def _answer_verbatim(self, command: f.Command) -> None:
+        side = command.side if isinstance(command, f.AnswerVerbatim) else "decode"
+        status, body = self._status[side], b"".join(self._bodies[side])
+        self.record.status = status
+        lines = self._lines(self._headers[side])
+        if not body.lstrip().startswith(b"{"):
+            body = error_body(status, f"the worker answered {status} without saying why")
+            lines = self._lines([(b"content-type", b"application/json")])
+        self._client.answer(status, body, lines)
+
+    def _answer_error(self, command: f.Command) -> None:
+        if not isinstance(command, f.AnswerError):
+            return
+        self.record.status = command.status
+        lines = self._lines([(b"content-type", b"application/json")])
+        if command.status == 503:
+            lines += b"retry-after: 1\r\n"
+        body = error_body(command.status, command.message, code=command.code)
+        self._client.answer(command.status, body, lines)
+
+    def _cancel(self, command: f.Command) -> None:
+        side = command.side if isinstance(command, f.Cancel) else "decode"
+        call = self._calls.get(side)
+        if call is not None and not call.ended:
+            call.cancel()
+        if side == "prefill":
+            self.prefill_deadline_s = FOREVER
+        self._leave(side)
+
+    def _note(self, command: f.Command) -> None:
+        if not isinstance(command, f.Note):
+            return
+        on = self._tokens_on.get(command.side)
+        worker = on[0] if on is not None else self.record.decode
+        self.record.failures.append(
+            FailureRecord(worker, command.side, command.kind, command.detail[:300])
+        )
+        self._gateway.worker_failed(worker, command.side, command.kind, command.detail)
+
+    def _finish(self, command: f.Command) -> None:
+        outcome = command.outcome if isinstance(command, f.Finish) else "ok"
+        for side in list(self._tokens_on):
+            self._leave(side)
+        record, flow = self.record, self._flow
+        record.outcome = outcome
+        record.retries = flow.retries
+        self.prefill_deadline_s = self.decode_deadline_s = FOREVER
+        if self._sse is not None:
+            said = self._sse.end()
+            record.finish = said.finish
+            record.prompt_tokens = said.prompt_tokens
+            record.output_tokens = said.output_tokens
+        self._gateway.finished(self, self._times, self._ref)
+        self._bodies.clear()
+        self._calls.clear()
+
+
+_EXECUTE = {
+    f.SendPrefill: Exchange._send_prefill,
+    f.SendDecode: Exchange._send_decode,
+    f.SendLocal: Exchange._send_local,
+    f.StartAnswer: Exchange._start_answer,
+    f.CompleteAnswer: Exchange._complete_answer,
+    f.BreakAnswer: Exchange._break_answer,
+    f.AnswerVerbatim: Exchange._answer_verbatim,
+    f.AnswerError: Exchange._answer_error,
+    f.Cancel: Exchange._cancel,
+    f.Note: Exchange._note,
+    f.Finish: Exchange._finish,
+}
+

@@ -1,0 +1,197 @@
+"""What the gateway knows of its workers, and what follows from it (sans-IO).
+
+A worker is healthy once a probe succeeded; ``unhealthy_after`` failures in a row, or a refused
+connection, take it out until a probe succeeds again. A worker that serves another model than its
+fleet stays out, with the reason told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from disagg_plugins.gateway.dialect import Dialect, pair_problem
+from disagg_plugins.types import FleetView, Role, Worker, WorkerLoad
+
+MAX_KINDS = 64
+"""Distinct failure kinds remembered a worker; they come from the gateway's own short list and
+HTTP status codes."""
+
+NOT_SICK = frozenset({"http_404", "http_408", "http_429", "no_handoff"})
+"""Failures that a worker with sound health answers: they are counted, but it stays in."""
+
+
+@dataclass(slots=True)
+class WorkerState:
+    """Everything known of one worker."""
+
+    worker: Worker
+    requests: int = 0
+    prompt_tokens: int = 0
+    failures: int = 0
+    healthy: bool = False
+    reason: str = "not probed yet"
+    models: tuple[str, ...] = ()
+    served: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    last_problem: str = ""
+    hello: Mapping[str, object] | None = None
+
+    def load(self) -> WorkerLoad:
+        """Return what the scheduler sees."""
+        return WorkerLoad(self.requests, self.prompt_tokens, self.failures, self.healthy)
+
+
+class FleetState:
+    """The workers of one deployment."""
+
+    def __init__(
+        self,
+        workers: tuple[Worker, ...],
+        dialects: Mapping[str, Dialect],
+        *,
+        model: str | None,
+        unhealthy_after: int,
+    ) -> None:
+        self.workers = workers
+        self.dialects = dialects
+        self.states = {w.name: WorkerState(w) for w in workers}
+        self._model = model
+        self._unhealthy_after = unhealthy_after
+        self._loads = {name: state.load() for name, state in self.states.items()}
+        self._view = FleetView(workers, self._loads)
+
+    def view(self) -> FleetView:
+        """Return the fleet as the scheduler sees it; it shows later changes too."""
+        return self._view
+
+    def view_without(self, name: str) -> FleetView:
+        """Return the fleet with one worker taken out."""
+        loads = dict(self._loads)
+        loads[name] = WorkerLoad(healthy=False)
+        return FleetView(self.workers, loads)
+
+    def begin(self, name: str, prompt_tokens: int) -> None:
+        """A request is given to a worker; ``prompt_tokens`` of its prompt are to be read."""
+        state = self.states[name]
+        state.requests += 1
+        state.prompt_tokens += prompt_tokens
+        self._loads[name] = state.load()
+
+    def prompt_read(self, name: str, prompt_tokens: int) -> None:
+        """The worker has read the prompt."""
+        state = self.states[name]
+        state.prompt_tokens -= prompt_tokens
+        self._loads[name] = state.load()
+
+    def end(self, name: str, prompt_tokens: int) -> None:
+        """The request left the worker; ``prompt_tokens`` as far as not yet read."""
+        state = self.states[name]
+        state.requests -= 1
+        state.prompt_tokens -= prompt_tokens
+        self._loads[name] = state.load()
+
+    def succeeded(self, name: str) -> None:
+        """The worker did its part of a request."""
+        state = self.states[name]
+        state.served += 1
+        state.failures = 0
+
+    def failed(self, name: str, kind: str, detail: str) -> None:
+        """The worker failed a request."""
+        state = self.states[name]
+        if kind in state.failed or len(state.failed) < MAX_KINDS:
+            state.failed[kind] = state.failed.get(kind, 0) + 1
+        state.last_problem = f"{kind}: {detail}"
+        if kind not in NOT_SICK:
+            self._failure(state, kind, detail)
+
+    def probe_failed(self, name: str, kind: str, detail: str) -> None:
+        """A health probe failed."""
+        self._failure(self.states[name], kind, detail)
+
+    def _failure(self, state: WorkerState, kind: str, detail: str) -> None:
+        state.failures += 1
+        if state.failures >= self._unhealthy_after or kind in ("refused", "unreachable"):
+            state.healthy = False
+            state.reason = f"{kind}: {detail}"
+        self._loads[state.worker.name] = state.load()
+
+    def probe_ok(self, name: str, models: tuple[str, ...]) -> None:
+        """A probe succeeded; the worker serves ``models``."""
+        state = self.states[name]
+        state.models = models
+        expected = self.model()
+        if expected is not None and expected not in models:
+            state.healthy = False
+            state.reason = (
+                f"two models in one fleet: {name} serves {', '.join(models) or 'nothing'}, the "
+                f"fleet serves {expected}"
+            )
+        else:
+            state.healthy = True
+            state.reason = ""
+            state.failures = 0
+        self._loads[name] = state.load()
+
+    def model(self) -> str | None:
+        """Return the model of the fleet: the policy's, else the first worker's in file order."""
+        if self._model is not None:
+            return self._model
+        for worker in self.workers:
+            models = self.states[worker.name].models
+            if models:
+                return models[0]
+        return None
+
+    def knows_model(self, name: str) -> bool:
+        """Return whether some healthy worker serves ``name`` (or nothing is known yet)."""
+        if name == self._model:
+            return True
+        known = [s.models for s in self.states.values() if s.models and s.healthy]
+        return not known or any(name in models for models in known)
+
+    def served_models(self) -> list[str]:
+        """Return the models of the healthy workers, in file order, each once."""
+        models = [m for s in self.states.values() if s.healthy for m in s.models]
+        return list(dict.fromkeys(models))
+
+    def greet(self, name: str, hello: Mapping[str, object]) -> bool:
+        """Keep what a worker says of itself; False when no worker has that name."""
+        state = self.states.get(name)
+        if state is None:
+            return False
+        state.hello = hello
+        return True
+
+    def pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
+        """Return why these two cannot share a handoff, or None."""
+        problem = pair_problem(
+            self.dialects.get(prefill.engine), self.dialects.get(decode.engine)
+        )
+        if problem is not None:
+            return problem
+        ours, theirs = (self.states[w.name].hello for w in (prefill, decode))
+        if ours is None or theirs is None:
+            return None
+        a, b = ours.get("fingerprint"), theirs.get("fingerprint")
+        if a is not None and b is not None and a != b:
+            return (
+                f"model fingerprints differ: {prefill.name} has {a}, {decode.name} has {b}; run "
+                "both with the same model, revision and dtype"
+            )
+        return None
+
+    def problems(self) -> list[str]:
+        """Return what keeps pairs from splitting, one line each, each once."""
+        prefills = [w for w in self.workers if w.role.serves(Role.PREFILL)]
+        decodes = [w for w in self.workers if w.role.serves(Role.DECODE)]
+        found = (self.pair_problem(p, d) for p in prefills for d in decodes if p is not d)
+        return list(dict.fromkeys(f for f in found if f is not None))
+
+    def ready(self) -> dict[str, bool]:
+        """Return for each role of the policy whether a healthy worker serves it."""
+        roles = {Role.DECODE} | {
+            r for r in (Role.PREFILL,) for w in self.workers if w.role.serves(r)
+        }
+        return {str(role): bool(self._view.serving(role)) for role in sorted(roles)}

@@ -1,0 +1,429 @@
+"""One request's way through the gateway: events in, commands out (sans-IO).
+
+Rules, all of which live in this file:
+
+* A *local* request is one call to a decode worker. A *relay* handoff calls prefill, then decode
+  with what prefill answered. A *rendezvous* handoff calls both at once.
+* Prefill fails (refused, time-out, 5xx, garbage, no handoff in its answer; 404, 408 and 429 too):
+  the decode worker computes the prompt itself. Slower, never lost.
+* Prefill answers another 4xx: the request is wrong, the client gets that answer as it is.
+* Decode fails before a byte of its answer reached the client: one retry without the handoff, on
+  another decode worker where there is one. A 4xx that follows an accepted prefill is retried on
+  the same worker: what differs is the handoff. Then the client gets a clear error.
+* Decode fails later: the stream is broken off visibly. Nothing is ever repeated to a client.
+* The client goes: both upstream calls are cancelled at once.
+* Every request ends with exactly one ``Finish``; after it, events have no effect.
+
+After ``Started`` the executor reports what happens; bytes that follow ``DecodeStarted`` are not
+events (they would cost more than they tell).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from disagg_plugins.errors import LocalProtocolError
+from disagg_plugins.types import Family
+
+Side = Literal["prefill", "decode"]
+
+
+class State(Enum):
+    """Where a request is."""
+
+    NEW = "new"
+    PREFILL = "prefill"
+    BOTH = "both"
+    DECODE = "decode"
+    STREAM = "stream"
+    DONE = "done"
+
+
+# Events ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The route is decided; ``family`` is None for a local route."""
+
+    family: Family | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAnswered:
+    """Prefill answered 200; ``params`` is what the dialect read (None in rendezvous)."""
+
+    params: dict[str, object] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRejected:
+    """Prefill answered completely, with a status other than 200."""
+
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFailed:
+    """Prefill gave no usable answer; ``kind`` is a word for metrics, ``detail`` for people."""
+
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStarted:
+    """The first bytes of a 200 answer are at hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeEnded:
+    """The answer is complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRejected:
+    """Decode answered completely, with a status other than 200."""
+
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeFailed:
+    """Decode gave no complete answer."""
+
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoWorker:
+    """``SendLocal`` could not be done: no other worker is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """The client closed its connection."""
+
+
+Event = (
+    Started
+    | PrefillAnswered
+    | PrefillRejected
+    | PrefillFailed
+    | DecodeStarted
+    | DecodeEnded
+    | DecodeRejected
+    | DecodeFailed
+    | NoWorker
+    | ClientGone
+)
+
+
+# Commands ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SendPrefill:
+    """Call the prefill worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendDecode:
+    """Call the decode worker with the handoff."""
+
+    params: dict[str, object] | None
+
+
+@dataclass(frozen=True, slots=True)
+class SendLocal:
+    """Call a decode worker without the handoff.
+
+    Attributes:
+        elsewhere: False: the worker of the route. True: another one, if there is any.
+        else_same: With ``elsewhere``, take the same worker when there is no other.
+    """
+
+    elsewhere: bool = False
+    else_same: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StartAnswer:
+    """Send the head and the bytes at hand to the client; from now on, bytes pass directly."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompleteAnswer:
+    """End the client's answer properly."""
+
+
+@dataclass(frozen=True, slots=True)
+class BreakAnswer:
+    """End the client's answer so that it cannot be taken for complete."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerVerbatim:
+    """Give the client the complete answer of one side as it is."""
+
+    side: Side
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerError:
+    """Give the client an error of the gateway's own."""
+
+    status: int
+    message: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Close the upstream call of one side; the worker sees the disconnect and aborts."""
+
+    side: Side
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Count and record a failure of one side."""
+
+    side: Side
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The request is over: ``ok``, ``rejected``, ``error``, ``broken`` or ``client_gone``."""
+
+    outcome: str
+
+
+Command = (
+    SendPrefill
+    | SendDecode
+    | SendLocal
+    | StartAnswer
+    | CompleteAnswer
+    | BreakAnswer
+    | AnswerVerbatim
+    | AnswerError
+    | Cancel
+    | Note
+    | Finish
+)
+
+NOT_THE_CLIENTS_FAULT = frozenset({404, 408, 429})
+"""4xx answers of a prefill worker that speak of the worker, not of the request."""
+
+STATUS_OF = {"refused": 503, "unreachable": 503, "timeout": 504}
+"""What a failed decode becomes for the client; everything else is 502."""
+
+
+class Flow:
+    """The state of one request.
+
+    Attributes:
+        state: Where it is.
+        retries: Decode calls beyond the first.
+        handoff: Whether the decode call in progress carries the handoff.
+        fell_back: Why the handoff was given up, or None.
+    """
+
+    __slots__ = ("_last_failure", "_prefill_open", "fell_back", "handoff", "retries", "state")
+
+    def __init__(self) -> None:
+        self.state = State.NEW
+        self.retries = 0
+        self.handoff = False
+        self.fell_back: str | None = None
+        self._prefill_open = False
+        self._last_failure = DecodeFailed("none", "")
+
+    def on(self, event: Event) -> list[Command]:
+        """Take an event; return what to do, in order.
+
+        Raises:
+            LocalProtocolError: The event cannot happen in this state.
+        """
+        if self.state is State.DONE:
+            return []
+        handler = _TABLE.get((self.state, type(event)))
+        if handler is None:
+            raise LocalProtocolError(f"event {event!r} in state {self.state.value}")
+        return handler(self, event)
+
+    # Each handler returns the commands and leaves the next state in self.state.
+
+    def _started(self, event: Event) -> list[Command]:
+        family = event.family if isinstance(event, Started) else None
+        if family is None:
+            self.state = State.DECODE
+            return [SendLocal()]
+        self._prefill_open = True
+        if family == "relay":
+            self.state = State.PREFILL
+            return [SendPrefill()]
+        self.state = State.BOTH
+        self.handoff = True
+        return [SendPrefill(), SendDecode(None)]
+
+    def _prefill_answered(self, event: Event) -> list[Command]:
+        self._prefill_open = False
+        was, self.state = self.state, State.DECODE
+        if was is State.BOTH:
+            return []
+        self.handoff = True
+        return [SendDecode(event.params if isinstance(event, PrefillAnswered) else None)]
+
+    def _prefill_rejected(self, event: Event) -> list[Command]:
+        status = event.status if isinstance(event, PrefillRejected) else 0
+        if 400 <= status < 500 and status not in NOT_THE_CLIENTS_FAULT:
+            self._prefill_open = False
+            self.state, was = State.DONE, self.state
+            both: list[Command] = [Cancel("decode")] if was is State.BOTH else []
+            return [*both, AnswerVerbatim("prefill"), Finish("rejected")]
+        return self._fall_back(f"http_{status}", f"the prefill worker answered {status}")
+
+    def _prefill_failed(self, event: Event) -> list[Command]:
+        if not isinstance(event, PrefillFailed):
+            raise LocalProtocolError(f"not a prefill failure: {event!r}")
+        return self._fall_back(event.kind, event.detail)
+
+    def _fall_back(self, kind: str, detail: str) -> list[Command]:
+        self._prefill_open = False
+        self.handoff = False
+        self.fell_back = f"prefill {kind}"
+        was, self.state = self.state, State.DECODE
+        both: list[Command] = [Cancel("decode")] if was is State.BOTH else []
+        return [Note("prefill", kind, detail), Cancel("prefill"), *both, SendLocal()]
+
+    def _prefill_late(self, event: Event) -> list[Command]:
+        """Prefill ended while decode is already answering: only noted."""
+        self._prefill_open = False
+        if isinstance(event, PrefillFailed):
+            return [Note("prefill", event.kind, event.detail)]
+        if isinstance(event, PrefillRejected):
+            return [Note("prefill", f"http_{event.status}", "after decode had begun")]
+        return []
+
+    def _decode_started(self, event: Event) -> list[Command]:
+        self.state = State.STREAM
+        return [StartAnswer()]
+
+    def _decode_ended(self, event: Event) -> list[Command]:
+        self.state = State.DONE
+        return [*self._cancel_prefill(), CompleteAnswer(), Finish("ok")]
+
+    def _decode_rejected(self, event: Event) -> list[Command]:
+        status = event.status if isinstance(event, DecodeRejected) else 0
+        theirs = status >= 500 or status in NOT_THE_CLIENTS_FAULT
+        kind, detail = f"http_{status}", f"the decode worker answered {status}"
+        self._last_failure = DecodeFailed(kind, detail)
+        if self.retries == 0 and (self.handoff or theirs):
+            return self._retry(kind, detail, elsewhere=theirs, else_same=self.handoff)
+        self.state = State.DONE
+        cancel = self._cancel_prefill()
+        if status >= 500 and status != 503:
+            return [*cancel, Note("decode", kind, detail), self._error(), Finish("error")]
+        noted: list[Command] = [Note("decode", kind, detail)] if theirs else []
+        return [*cancel, *noted, AnswerVerbatim("decode"), Finish("rejected")]
+
+    def _decode_failed(self, event: Event) -> list[Command]:
+        if not isinstance(event, DecodeFailed):
+            raise LocalProtocolError(f"not a decode failure: {event!r}")
+        self._last_failure = event
+        if self.retries == 0:
+            same = self.handoff and event.kind not in STATUS_OF
+            return self._retry(event.kind, event.detail, elsewhere=True, else_same=same)
+        self.state = State.DONE
+        note = Note("decode", event.kind, event.detail)
+        return [note, Cancel("decode"), *self._cancel_prefill(), self._error(), Finish("error")]
+
+    def _retry(
+        self, kind: str, detail: str, *, elsewhere: bool, else_same: bool
+    ) -> list[Command]:
+        if self.handoff:
+            self.fell_back = f"decode {kind}"
+        self.retries += 1
+        self.handoff = False
+        self.state = State.DECODE
+        return [
+            Note("decode", kind, detail),
+            Cancel("decode"),
+            *self._cancel_prefill(),
+            SendLocal(elsewhere=elsewhere, else_same=else_same),
+        ]
+
+    def _no_worker(self, event: Event) -> list[Command]:
+        self.state = State.DONE
+        return [self._error(), Finish("error")]
+
+    def _broken(self, event: Event) -> list[Command]:
+        self.state = State.DONE
+        if not isinstance(event, DecodeFailed):
+            raise LocalProtocolError(f"not a decode failure: {event!r}")
+        return [
+            Note("decode", event.kind, event.detail),
+            Cancel("decode"),
+            *self._cancel_prefill(),
+            BreakAnswer(f"the answer broke off: {event.detail}"),
+            Finish("broken"),
+        ]
+
+    def _client_gone(self, event: Event) -> list[Command]:
+        was, self.state = self.state, State.DONE
+        decode: list[Command] = [] if was in (State.NEW, State.PREFILL) else [Cancel("decode")]
+        return [*self._cancel_prefill(), *decode, Finish("client_gone")]
+
+    def _cancel_prefill(self) -> list[Command]:
+        if not self._prefill_open:
+            return []
+        self._prefill_open = False
+        return [Cancel("prefill")]
+
+    def _error(self) -> AnswerError:
+        failure = self._last_failure
+        status = STATUS_OF.get(failure.kind, 502)
+        return AnswerError(status, f"no worker could answer: {failure.detail}", failure.kind)
+
+
+Handler = Callable[[Flow, Event], list[Command]]
+
+_F = Flow
+_TABLE: Mapping[tuple[State, type], Handler] = {
+    (State.NEW, Started): _F._started,
+    (State.NEW, ClientGone): _F._client_gone,
+    (State.PREFILL, PrefillAnswered): _F._prefill_answered,
+    (State.PREFILL, PrefillRejected): _F._prefill_rejected,
+    (State.PREFILL, PrefillFailed): _F._prefill_failed,
+    (State.PREFILL, ClientGone): _F._client_gone,
+    (State.BOTH, PrefillAnswered): _F._prefill_answered,
+    (State.BOTH, PrefillRejected): _F._prefill_rejected,
+    (State.BOTH, PrefillFailed): _F._prefill_failed,
+    (State.BOTH, DecodeStarted): _F._decode_started,
+    (State.BOTH, DecodeEnded): _F._decode_ended,
+    (State.BOTH, DecodeRejected): _F._decode_rejected,
+    (State.BOTH, DecodeFailed): _F._decode_failed,
+    (State.BOTH, ClientGone): _F._client_gone,
+    (State.DECODE, DecodeStarted): _F._decode_started,
+    (State.DECODE, DecodeEnded): _F._decode_ended,
+    (State.DECODE, DecodeRejected): _F._decode_rejected,
+    (State.DECODE, DecodeFailed): _F._decode_failed,
+    (State.DECODE, NoWorker): _F._no_worker,
+    (State.DECODE, ClientGone): _F._client_gone,
+    (State.STREAM, DecodeEnded): _F._decode_ended,
+    (State.STREAM, DecodeFailed): _F._broken,
+    (State.STREAM, PrefillAnswered): _F._prefill_late,
+    (State.STREAM, PrefillRejected): _F._prefill_late,
+    (State.STREAM, PrefillFailed): _F._prefill_late,
+    (State.STREAM, ClientGone): _F._client_gone,
+}

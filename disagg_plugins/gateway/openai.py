@@ -1,0 +1,222 @@
+"""What the gateway reads from and writes in the OpenAI API: requests, estimates, errors.
+
+Only fields that routing needs are looked at; everything else passes through untouched.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+
+MESSAGE_OVERHEAD_TOKENS = 4
+"""Estimate of the chat template's tokens around one message (role, separators)."""
+
+_T = TypeVar("_T")
+
+_decode = msgspec.json.Decoder().decode
+
+
+class RequestError(Exception):
+    """The client's request is wrong; becomes an error answer in OpenAI's shape."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+
+    def body(self) -> bytes:
+        """Return the answer's body."""
+        return error_body(self.status, self.message, code=self.code, param=self.param)
+
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    431: "invalid_request_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def error_body(
+    status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> bytes:
+    """Return an error object in OpenAI's shape, as JSON."""
+    return msgspec.json.encode(
+        {
+            "error": {
+                "message": message,
+                "type": _TYPES.get(status, "server_error"),
+                "param": param,
+                "code": code,
+            }
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A request as far as the gateway understands it.
+
+    Attributes:
+        endpoint: ``COMPLETIONS`` or ``CHAT``.
+        body: The JSON object.
+        raw: Its bytes as received.
+        model: The model named, or None.
+        stream: Whether a stream is asked for.
+        prompt_tokens: Count, or estimate unless ``exact``.
+        exact: Whether the prompt came as token ids.
+        max_output_tokens: The output bound, or None.
+        tenant: OpenAI's ``user`` field, or None.
+    """
+
+    endpoint: str
+    body: dict[str, object]
+    raw: bytes
+    model: str | None
+    stream: bool
+    prompt_tokens: int
+    exact: bool
+    max_output_tokens: int | None
+    tenant: str | None
+
+
+def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> ParsedRequest:
+    """Read a request body.
+
+    Raises:
+        RequestError: 400; the body is not a JSON object, or a field that routing needs has a
+            wrong type.
+    """
+    try:
+        body = _decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise RequestError(400, f"the body is not valid JSON: {exc}", code="invalid_json") from exc
+    if not isinstance(body, dict):
+        raise RequestError(400, "the body must be a JSON object", code="invalid_json")
+    model = _typed(body, "model", str, "a string")
+    stream = _typed(body, "stream", bool, "a boolean")
+    user = _typed(body, "user", str, "a string")
+    bound = _typed(body, "max_completion_tokens", int, "an integer")
+    if bound is None:
+        bound = _typed(body, "max_tokens", int, "an integer")
+    _typed(body, "n", int, "an integer")
+    if endpoint == CHAT:
+        tokens, exact = _chat_tokens(body, chars_per_token), False
+    else:
+        tokens, exact = _prompt_tokens(body, chars_per_token)
+    return ParsedRequest(endpoint, body, raw, model, bool(stream), tokens, exact, bound, user)
+
+
+def _typed(body: dict[str, object], key: str, kind: type[_T], words: str) -> _T | None:
+    value = body.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise RequestError(
+            400, f"{key} must be {words}, not {type(value).__name__}", code="wrong_type", param=key
+        )
+    return value
+
+
+def _prompt_tokens(body: dict[str, object], chars_per_token: float) -> tuple[int, bool]:
+    """Count or estimate the tokens of a completion prompt; a batch counts as their sum."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return math.ceil(len(prompt) / chars_per_token), False
+    if prompt is None and "prompt_embeds" in body:
+        return 0, False
+    if not isinstance(prompt, list) or not prompt:
+        raise RequestError(
+            400,
+            "prompt must be a string, a list of token ids, or a list of either",
+            code="wrong_type",
+            param="prompt",
+        )
+    if type(prompt[0]) is int:
+        if any(type(token) is not int for token in prompt):
+            raise RequestError(400, "prompt mixes token ids with other values", param="prompt")
+        return len(prompt), True
+    total = 0
+    for item in prompt:
+        if isinstance(item, str):
+            total += math.ceil(len(item) / chars_per_token)
+        elif isinstance(item, list):
+            total += len(item)
+        else:
+            raise RequestError(400, "prompt holds values of a wrong type", param="prompt")
+    return total, False
+
+
+def _chat_tokens(body: dict[str, object], chars_per_token: float) -> int:
+    """Estimate the tokens of a chat prompt from the text of its messages and tools."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(
+            400, "messages must be a list of at least one message", param="messages"
+        )
+    chars = 0
+    for message in messages:
+        if not isinstance(message, dict):
+            raise RequestError(400, "each message must be an object", param="messages")
+        content = message.get("content")
+        if isinstance(content, str):
+            chars += len(content)
+        elif isinstance(content, list):
+            for part in content:
+                text = part.get("text") if isinstance(part, dict) else None
+                chars += len(text) if isinstance(text, str) else 0
+    if body.get("tools"):
+        chars += len(msgspec.json.encode(body["tools"]))
+    return math.ceil(chars / chars_per_token) + MESSAGE_OVERHEAD_TOKENS * len(messages)
+
+
+def not_splittable(body: dict[str, object]) -> str | None:
+    """Return why no engine of this release can split the request, or None.
+
+    What is common to all dialects; each may add reasons of its own.
+    """
+    for key, reason in (("n", "n > 1"), ("best_of", "best_of > 1")):
+        value = body.get(key)
+        if isinstance(value, int) and value > 1:
+            return reason
+    for key in ("echo", "suffix", "prompt_embeds", "use_beam_search"):
+        if body.get(key):
+            return key
+    if body.get("prompt_logprobs") is not None:
+        return "prompt_logprobs"
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return "a batch of prompts"
+    return _chat_not_splittable(body)
+
+
+def _chat_not_splittable(body: dict[str, object]) -> str | None:
+    # A forced tool call is parsed by the engine when the answer ends; the prefill answer of one
+    # token would not parse.
+    choice = body.get("tool_choice")
+    if choice == "required" or isinstance(choice, dict):
+        return "a forced tool call"
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict) or part.get("type") != "text":
+                return "message content other than text"
+    return None

@@ -1,0 +1,397 @@
+"""The gateway's centre: holds the parts together and routes each request to one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from disagg_plugins.errors import DisaggError, NoCapacityError
+from disagg_plugins.gateway import endpoints
+from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
+from disagg_plugins.gateway.dialect import HandoffRef
+from disagg_plugins.gateway.exchange import Exchange
+from disagg_plugins.gateway.fleet import FleetState
+from disagg_plugins.gateway.health import Prober
+from disagg_plugins.gateway.openai import (
+    CHAT,
+    COMPLETIONS,
+    ParsedRequest,
+    RequestError,
+    error_body,
+    parse_request,
+)
+from disagg_plugins.gateway.pool import WorkerPool
+from disagg_plugins.gateway.wire import request_id, upstream_headers
+from disagg_plugins.telemetry.ledger import HandoffLedger
+from disagg_plugins.telemetry.metrics import Metrics
+from disagg_plugins.telemetry.records import RecordView, RequestRecord
+from disagg_plugins.telemetry.reports import report_key
+from disagg_plugins.types import Decision, Disaggregated, FleetView, Local, RequestProfile, Worker
+
+if TYPE_CHECKING:
+    from disagg_plugins.gateway.dialect import Dialect
+    from disagg_plugins.gateway.timeline import Timeline
+    from disagg_plugins.policy import Policy
+    from disagg_plugins.telemetry.records import RecordFile
+
+log = logging.getLogger(__name__)
+
+RECENT = 1000
+"""Requests over which the share of real splits is shown."""
+
+FLUSH_S = 0.5
+"""How often records are written."""
+
+POOL_SWEEP_S = 5.0
+
+
+class Decides(Protocol):
+    """What the gateway needs of the scheduler."""
+
+    def decide(self, profile: RequestProfile, fleet: FleetView) -> Decision:
+        """Return the route of a request."""
+        ...
+
+    def request_ended(self, record: Mapping[str, object]) -> None:
+        """Tell the plugins how a request ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a gateway is built from.
+
+    Attributes:
+        scheduler: Decides each route.
+        dialects: By engine name.
+        secret: The fleet's secret.
+        mint: Makes a handoff id and its ticket for two workers.
+        records: Where records are written, or None.
+        plugin_failures: Returns failures of plugins by name.
+    """
+
+    scheduler: Decides
+    dialects: Mapping[str, Dialect]
+    secret: bytes
+    mint: Callable[[Worker, Worker], HandoffRef]
+    records: RecordFile | None = None
+    plugin_failures: Callable[[], dict[str, int]] = dict
+
+
+Handler = Callable[["Gateway", Request, ClientConnection], None]
+
+
+class Gateway:
+    """One gateway. Everything runs on one event loop; nothing here blocks."""
+
+    def __init__(self, policy: Policy, parts: Parts, tasks: asyncio.TaskGroup) -> None:
+        self.policy = policy
+        self.mint = parts.mint
+        self.plugin_failures = parts.plugin_failures
+        self.report_key = report_key(parts.secret)
+        self.metrics = Metrics()
+        workers = tuple(w.worker() for w in policy.fleet.workers)
+        self.fleet = FleetState(
+            workers,
+            parts.dialects,
+            model=policy.model,
+            unhealthy_after=policy.gateway.unhealthy_after,
+        )
+        self._tasks = tasks
+        connect_s = policy.gateway.connect_s
+        self.pools = {
+            w.name: WorkerPool(w, self._spawn, connect_s=connect_s) for w in workers
+        }
+        self.prober = Prober(
+            self.fleet,
+            self.pools,
+            probe_s=policy.gateway.probe_s,
+            timeout_s=max(connect_s, policy.gateway.probe_s),
+        )
+        self.ledger = HandoffLedger(
+            self.metrics, wait_s=policy.telemetry.report_wait_s, settle=self._settle
+        )
+        self.connections: set[ClientConnection] = set()
+        self.active: set[Exchange] = set()
+        self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
+        self.draining = False
+        self._scheduler = parts.scheduler
+        self._records = parts.records
+        self._told_problems: set[str] = set()
+        engines = {w.engine for w in workers}
+        self._dialects = [d for name, d in parts.dialects.items() if name in engines]
+        self._gauges()
+
+    def _gauges(self) -> None:
+        gauge = self.metrics.gauge
+        gauge("disagg_requests_in_flight", "Requests in flight.", lambda: len(self.active))
+        gauge("disagg_client_connections", "Open connections.", lambda: len(self.connections))
+        gauge("disagg_handoffs_open", "Handoffs not settled.", lambda: len(self.ledger))
+        gauge(
+            "disagg_workers_healthy",
+            "Workers that take requests.",
+            lambda: sum(s.healthy for s in self.fleet.states.values()),
+        )
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        self._tasks.create_task(self._guarded(work))
+
+    async def _guarded(self, work: Coroutine[object, object, None]) -> None:
+        # One failed helper must not end the group that all requests share.
+        try:
+            await work
+        except Exception:
+            log.exception("a task of the gateway failed")
+
+    # Requests
+
+    def handle(self, request: Request, client: ClientConnection) -> None:
+        """Answer one request; whatever goes wrong, the client hears of it."""
+        path = request.path.partition(b"?")[0]
+        route = _ROUTES.get(path)
+        if route is None:
+            shown = path[:100].decode("ascii", "replace")
+            self.refuse(client, 404, f"there is no {shown} here", code="not_found")
+            return
+        methods, handler = route
+        if request.method == b"OPTIONS":
+            client.answer(204, b"", b"allow: %b, OPTIONS\r\n" % b", ".join(methods))
+        elif request.method not in methods:
+            allowed = b", ".join(methods)
+            message = f"the method for this path is {methods[0].decode()}"
+            body = error_body(405, message, code="method_not_allowed")
+            client.answer(405, body, JSON + b"allow: %b\r\n" % allowed)
+        else:
+            try:
+                handler(self, request, client)
+            except Exception:
+                log.exception("a request could not be handled")
+                self.refuse(client, 500, "the gateway failed; its log says why", code="internal")
+
+    def refuse(
+        self,
+        client: ClientConnection,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        lines: bytes = b"",
+    ) -> None:
+        """Answer with an error of the gateway's own."""
+        self.metrics.count("disagg_client_errors", (str(status),))
+        client.answer(status, error_body(status, message, code=code), JSON + lines)
+
+    def infer(self, request: Request, client: ClientConnection) -> None:
+        """Route one completion or chat request."""
+        now_s = time.monotonic()
+        name = request_id(request.headers)
+        id_line = b"x-request-id: %b\r\n" % name.encode("ascii")
+        try:
+            parsed = parse_request(
+                request.path.partition(b"?")[0].decode("ascii"),
+                request.body,
+                chars_per_token=self.policy.scheduler.chars_per_token,
+            )
+            self._check_model(parsed)
+            self._check_room()
+            decision = self._decide(self._profile(name, parsed, now_s))
+        except RequestError as exc:
+            self.metrics.count("disagg_client_errors", (str(exc.status),))
+            client.answer(exc.status, exc.body(), JSON + id_line)
+            return
+        except NoCapacityError as exc:
+            retry = b"retry-after: %d\r\n" % max(1, round(exc.retry_after_s))
+            lines = id_line + retry
+            self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines)
+            return
+        exchange = Exchange(
+            self,
+            client,
+            parsed,
+            decision,
+            request_id=name,
+            shared_headers=upstream_headers(request.headers, name),
+            arrival_s=now_s,
+        )
+        self.active.add(exchange)
+        exchange.begin()
+
+    def _check_model(self, parsed: ParsedRequest) -> None:
+        if parsed.model is not None and not self.fleet.knows_model(parsed.model):
+            served = ", ".join(self.fleet.served_models())
+            raise RequestError(
+                404,
+                f"the model {parsed.model[:200]!r} is not served here; served: {served}",
+                code="model_not_found",
+                param="model",
+            )
+
+    def _check_room(self) -> None:
+        if self.draining:
+            raise NoCapacityError("the gateway is shutting down", retry_after_s=5.0)
+        bound = self.policy.gateway.max_requests
+        if len(self.active) >= bound:
+            raise NoCapacityError(
+                f"{bound} requests are in flight (policy key gateway.max_requests)",
+                retry_after_s=1.0,
+            )
+
+    def _profile(self, name: str, parsed: ParsedRequest, now_s: float) -> RequestProfile:
+        why = None
+        for dialect in self._dialects:
+            why = why or dialect.unsplittable(parsed.body)
+        return RequestProfile(
+            request_id=name,
+            endpoint=parsed.endpoint,
+            model=parsed.model or self.fleet.model() or "",
+            prompt_tokens=parsed.prompt_tokens,
+            prompt_tokens_exact=parsed.exact,
+            max_output_tokens=parsed.max_output_tokens,
+            stream=parsed.stream,
+            unsplittable=why,
+            tenant=parsed.tenant,
+            arrival_s=now_s,
+        )
+
+    def _decide(self, profile: RequestProfile) -> Decision:
+        decision = self._scheduler.decide(profile, self.fleet.view())
+        route = decision.route
+        if isinstance(route, Disaggregated):
+            problem = self.fleet.pair_problem(route.prefill, route.decode)
+            if problem is not None:
+                decision = Decision(Local(route.decode), f"split is off: {problem}")
+                self._tell(problem)
+        return decision
+
+    def _tell(self, problem: str) -> None:
+        if problem not in self._told_problems and len(self._told_problems) < RECENT:
+            self._told_problems.add(problem)
+            log.warning("requests are not split: %s", problem)
+
+    def another_decode(self, name: str, parsed: ParsedRequest, failed: Worker) -> Worker | None:
+        """Return a decode worker other than ``failed`` for a retry, or None."""
+        profile = replace(
+            self._profile(name, parsed, time.monotonic()),
+            unsplittable=f"a retry after worker {failed.name} failed",
+        )
+        try:
+            decision = self._scheduler.decide(profile, self.fleet.view_without(failed.name))
+        except NoCapacityError:
+            return None
+        other = decision.route.decode
+        return None if other.name == failed.name else other
+
+    def worker_failed(self, worker: str, side: str, kind: str, detail: str) -> None:
+        """Count a failed call and let the worker's health know."""
+        self.metrics.count("disagg_failures", (worker, side, kind))
+        log.warning("worker %s, %s: %s: %s", worker, side, kind, detail)
+        self.fleet.failed(worker, kind, detail)
+
+    # Ends
+
+    def finished(self, exchange: Exchange, times: Timeline, ref: HandoffRef | None) -> None:
+        """A request is over: count it, and record it once the reports are there."""
+        self.active.discard(exchange)
+        now_s = time.monotonic()
+        record = exchange.record
+        times.fill(record, self.metrics, now_s)
+        count = self.metrics.count
+        count("disagg_requests", (record.route, record.outcome, str(record.status)))
+        count("disagg_decisions", (record.route, _reason_label(record.why)))
+        if record.retries:
+            count("disagg_retries", (), record.retries)
+        if ref is None:
+            self._settle(record)
+        else:
+            self.ledger.close(ref.handoff_id, record, now_s)
+
+    def _settle(self, record: RequestRecord) -> None:
+        self.recent.append((record.route, record.split, _reason_label(record.why)))
+        if self._records is not None and not self._records.add(record):
+            self.metrics.count("disagg_records_dropped")
+        try:
+            self._scheduler.request_ended(RecordView(record))
+        except DisaggError:
+            log.exception("plugins could not be told of a request's end")
+
+    # Time
+
+    def tick_s(self) -> float:
+        """Return how often deadlines are looked at: a quarter of the shortest, within bounds."""
+        policy = self.policy.gateway
+        shortest_s = min(
+            policy.prefill_s, policy.first_byte_s, policy.idle_s, policy.client_idle_s
+        )
+        return min(0.25, max(0.02, min(shortest_s, self.policy.telemetry.report_wait_s) / 4))
+
+    async def watch(self) -> None:
+        """Enforce every deadline until cancelled.
+
+        One coarse clock for all instead of timers a request: a timer set and cancelled costs more
+        than a request's share of this loop.
+        """
+        tick_s = self.tick_s()
+        flush_at_s = sweep_at_s = 0.0
+        while True:
+            await asyncio.sleep(tick_s)
+            now_s = time.monotonic()
+            for exchange in [
+                e
+                for e in self.active
+                if now_s > e.decode_deadline_s or now_s > e.prefill_deadline_s
+            ]:
+                exchange.expire(now_s)
+            for client in [c for c in self.connections if now_s > c.deadline_s]:
+                client.expire()
+            self.ledger.sweep(now_s)
+            if now_s >= sweep_at_s:
+                sweep_at_s = now_s + POOL_SWEEP_S
+                for pool in self.pools.values():
+                    pool.sweep()
+            if self._records is not None and now_s >= flush_at_s:
+                flush_at_s = now_s + FLUSH_S
+                await asyncio.to_thread(self._records.flush)
+
+    async def drain(self) -> None:
+        """Let open requests end, within ``drain_s``; then close everything."""
+        self.draining = True
+        for client in list(self.connections):
+            client.close()
+        end_s = time.monotonic() + self.policy.gateway.drain_s
+        while self.active and time.monotonic() < end_s:
+            await asyncio.sleep(0.02)
+        for client in list(self.connections):
+            client.transport.abort()
+        await asyncio.sleep(0)
+        while self.connections and time.monotonic() < end_s + 1.0:
+            await asyncio.sleep(0.005)
+        for pool in self.pools.values():
+            pool.close()
+        self.ledger.settle_all()
+        if self._records is not None:
+            await asyncio.to_thread(self._records.close)
+
+
+def _reason_label(why: str) -> str:
+    """Return a reason without its numbers and values, so that it can be a label."""
+    head = why.partition(":")[0]
+    return " ".join("N" if any(c.isdigit() for c in word) else word for word in head.split())[:100]
+
+
+GET = (b"GET", b"HEAD")
+POST = (b"POST",)
+_ROUTES: Mapping[bytes, tuple[tuple[bytes, ...], Handler]] = {
+    COMPLETIONS.encode(): (POST, Gateway.infer),
+    CHAT.encode(): (POST, Gateway.infer),
+    b"/v1/models": (GET, endpoints.models),
+    b"/health": (GET, endpoints.health),
+    b"/ready": (GET, endpoints.ready),
+    b"/metrics": (GET, endpoints.metrics),
+    b"/internal/status": (GET, endpoints.status),
+    b"/internal/reports": (POST, endpoints.reports),
+}

@@ -1,0 +1,395 @@
+"""The decode side: load a token range of one handoff into an engine.
+
+``HandoffReader.load`` claims the handoff at every prefill rank that holds some of this rank's KV
+heads, reads, and reports success only after every publisher has confirmed that the handoff was
+still alive when reading was done. Anything else raises, and the engine computes the prompt itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from disagg_plugins.errors import (
+    DisaggError,
+    HandoffAborted,
+    HandoffTimeout,
+    LocalProtocolError,
+    RemoteProtocolError,
+    TransportError,
+)
+from disagg_plugins.handoff.endpoints import check_complete, local_host_id
+from disagg_plugins.handoff.frames import MAX_DATA_BYTES
+from disagg_plugins.handoff.interfaces import Endpoint, Form, Identity, LoadReport, Outcome
+from disagg_plugins.handoff.pool import ChannelPool
+from disagg_plugins.handoff.shards import Source, sources_of
+from disagg_plugins.types import HandoffEvent, HandoffId, HandoffPair
+
+if TYPE_CHECKING:
+    from disagg_plugins.handoff.interfaces import Channel, Offer, Sink, Transport
+    from disagg_plugins.policy import HandoffPolicy
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES = 16 << 20
+"""Aim for the bytes of one layer in one READ; bounds the receive buffer of long prompts."""
+
+Choose = Callable[[HandoffPair, Sequence[str]], str]
+"""Picks one of the transports that both sides can speak, given in the policy's order."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """One prefill rank's share of a load."""
+
+    source: Source
+    endpoint: Endpoint
+    channel: Channel
+    key: tuple[str, str]
+    offer: Offer
+    ended: bool = False
+
+
+class HandoffReader:
+    """Loads handoffs for one decode rank. Thread-safe: loads may run side by side.
+
+    Args:
+        identity: What this rank says of itself.
+        transports: Name -> transport.
+        policy: Preference, time-outs and bounds.
+        secret: The fleet's shared secret.
+        choose: Picks the transport of a pair; None takes the first.
+        on_event: Told ``loaded`` and ``failed``; what it raises is logged and dropped.
+        host_id: Of this host; for tests.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        transports: Mapping[str, Transport],
+        policy: HandoffPolicy,
+        secret: bytes,
+        choose: Choose | None = None,
+        on_event: Callable[[HandoffEvent], None] | None = None,
+        host_id: str | None = None,
+    ) -> None:
+        self._identity = identity
+        self._transports = dict(transports)
+        self._policy = policy
+        self._secret = secret
+        self._choose = choose
+        self._on_event = on_event
+        self._host_id = host_id or local_host_id()
+        self._pool = ChannelPool(idle_s=policy.lease_s)
+        self._lock = threading.Lock()
+        self._fallbacks: Counter[str] = Counter()
+
+    @property
+    def fallbacks(self) -> Mapping[str, int]:
+        """Transport name -> how often it could not connect and another one was tried."""
+        with self._lock:
+            return dict(self._fallbacks)
+
+    def load(
+        self,
+        handoff_id: str,
+        ticket: str,
+        endpoints: Sequence[Endpoint],
+        *,
+        first_token: int,
+        end_token: int,
+        sink: Sink,
+    ) -> LoadReport:
+        """Load tokens ``[first_token, end_token)`` into ``sink``; blocks the calling thread.
+
+        Rows move as they are when both layouts are equal and ``first_token`` lies on a block
+        boundary, else tokens move in canonical form. Nothing below ``first_token`` is written.
+
+        Args:
+            handoff_id: For reports and errors; the ticket decides.
+            ticket: The signed text.
+            endpoints: One for each rank of the prefill worker, in order.
+            first_token: First token to load.
+            end_token: End of the half-open range.
+            sink: Where the bytes go.
+
+        Raises:
+            DisaggError: Whatever went wrong; nothing that was written may be used.
+        """
+        started_s = time.monotonic()
+        if not 0 <= first_token < end_token:
+            raise LocalProtocolError(f"tokens [{first_token}, {end_token}) cannot be loaded")
+        check_complete(endpoints)
+        parts: list[_Part] = []
+        try:
+            payload_bytes, form = self._load_parts(
+                parts, ticket, endpoints, first_token, end_token, sink, started_s
+            )
+        except BaseException as exc:
+            self._give_up(parts, exc)
+            self._tell(handoff_id, "failed", problem=str(exc)[:1024])
+            raise
+        for part in parts:
+            self._pool.give(part.key, part.channel)
+        report = LoadReport(
+            HandoffId(handoff_id),
+            "+".join(sorted({part.key[0] for part in parts})),
+            form,
+            end_token - first_token,
+            payload_bytes,
+            time.monotonic() - started_s,
+        )
+        self._tell(
+            handoff_id,
+            "loaded",
+            tokens=report.num_tokens,
+            bytes=payload_bytes,
+            seconds=report.seconds,
+            transport=report.transport,
+            form=form,
+        )
+        return report
+
+    def release(
+        self, handoff_id: str, ticket: str, endpoints: Sequence[Endpoint], *, failed: str = ""
+    ) -> None:
+        """End a handoff that will not be read, so that its publisher need not wait for the lease.
+
+        Args:
+            handoff_id: For reports and errors; the ticket decides.
+            ticket: The signed text.
+            endpoints: One for each rank of the prefill worker, in order.
+            failed: Why it ends as failed; empty when its content is simply not needed.
+
+        Raises:
+            DisaggError: A publisher could not be told; its lease ends the handoff.
+        """
+        check_complete(endpoints)
+        deadline_s = time.monotonic() + self._policy.load_s
+        outcome = Outcome.FAILED if failed else Outcome.CONSUMED
+        for source in sources_of(
+            self._identity.tp_rank,
+            decode_size=self._identity.tp_size,
+            prefill_size=len(endpoints),
+            num_kv_heads=self._identity.layout.num_kv_heads,
+        ):
+            part = self._claim(source, endpoints[source.tp_rank], ticket, deadline_s, 1)
+            try:
+                part.channel.end(outcome, failed)
+            except BaseException:
+                part.channel.close()
+                raise
+            self._pool.give(part.key, part.channel)
+        logger.debug("handoff %s was released unread (%s)", handoff_id, outcome.value)
+
+    def close(self) -> None:
+        """Close the idle channels; loads that still run close theirs when they end."""
+        self._pool.close()
+
+    def _load_parts(
+        self,
+        parts: list[_Part],
+        ticket: str,
+        endpoints: Sequence[Endpoint],
+        first_token: int,
+        end_token: int,
+        sink: Sink,
+        started_s: float,
+    ) -> tuple[int, Form]:
+        deadline_s = started_s + self._policy.load_s
+        sources = sources_of(
+            self._identity.tp_rank,
+            decode_size=self._identity.tp_size,
+            prefill_size=len(endpoints),
+            num_kv_heads=self._identity.layout.num_kv_heads,
+        )
+        for source in sources:
+            part = self._claim(source, endpoints[source.tp_rank], ticket, deadline_s, end_token)
+            parts.append(part)
+            self._check_offer(part, end_token)
+        payload_bytes = 0
+        forms: set[Form] = set()
+        for part in parts:
+            if part.source.first_head < part.source.end_head:
+                form = self._form(part.offer, first_token)
+                forms.add(form)
+                payload_bytes += self._read(part, form, first_token, end_token, sink, deadline_s)
+        for part in parts:
+            part.channel.end(Outcome.CONSUMED)
+            part.ended = True
+        return payload_bytes, "native" if forms == {"native"} else "canonical"
+
+    def _claim(
+        self, source: Source, endpoint: Endpoint, ticket: str, deadline_s: float, num_tokens: int
+    ) -> _Part:
+        """Claim at one rank; a kept channel that turns out dead is replaced once."""
+        names = self._ordered(endpoint, num_tokens)
+        last: TransportError | None = None
+        for name in names:
+            key = (name, endpoint.addresses[name])
+            kept = self._pool.take(key)
+            if kept is not None:
+                try:
+                    return self._claim_on(kept, key, source, endpoint, ticket, deadline_s)
+                except TransportError as exc:
+                    logger.info("a kept channel was dead, connecting anew: %s", exc)
+            try:
+                channel = self._transports[name].connect(
+                    key[1], self._identity, secret=self._secret, policy=self._policy
+                )
+            except TransportError as exc:
+                last = exc
+                with self._lock:
+                    self._fallbacks[name] += 1
+                logger.warning("transport %s cannot connect: %s", name, exc)
+                continue
+            return self._claim_on(channel, key, source, endpoint, ticket, deadline_s)
+        raise last or TransportError("+".join(names) or "none", "no transport could connect")
+
+    def _claim_on(
+        self,
+        channel: Channel,
+        key: tuple[str, str],
+        source: Source,
+        endpoint: Endpoint,
+        ticket: str,
+        deadline_s: float,
+    ) -> _Part:
+        try:
+            offer = channel.claim(ticket, within_s=deadline_s - time.monotonic())
+        except BaseException:
+            channel.close()
+            raise
+        return _Part(source, endpoint, channel, key, offer)
+
+    def _ordered(self, endpoint: Endpoint, num_tokens: int) -> list[str]:
+        """Return the usable transports, the chosen one first."""
+        same_host = endpoint.host_id == self._host_id
+        usable = [
+            name
+            for name in self._policy.transports
+            if name in self._transports
+            and name in endpoint.addresses
+            and self._reaches(name, same_host=same_host)
+        ]
+        if not usable:
+            raise TransportError(
+                "none",
+                f"prefill rank {endpoint.tp_rank} offers {', '.join(endpoint.addresses)}; this "
+                f"side has {', '.join(self._transports) or 'none'} in handoff.transports "
+                f"({'same' if same_host else 'another'} host)",
+            )
+        if self._choose is None or len(usable) == 1:
+            return usable
+        layout = self._identity.layout
+        heads = layout.num_kv_heads_local
+        digest = self._identity.fingerprint.digest()
+        pair = HandoffPair(
+            same_host=same_host,
+            # Only equal fingerprints pass the handshake, so this is the one it must have.
+            prefill_fingerprint=digest,
+            decode_fingerprint=digest,
+            payload_bytes=layout.num_layers * layout.canonical_bytes(num_tokens, heads),
+        )
+        chosen = self._choose(pair, usable)
+        return sorted(usable, key=lambda name: name != chosen)
+
+    def _reaches(self, name: str, *, same_host: bool) -> bool:
+        capabilities = self._transports[name].capabilities
+        return capabilities.same_host if same_host else capabilities.cross_host
+
+    def _check_offer(self, part: _Part, end_token: int) -> None:
+        offer, source = part.offer, part.source
+        if offer.num_tokens < end_token:
+            raise HandoffAborted(
+                "of this load",
+                f"the publisher has {offer.num_tokens} tokens, {end_token} were asked for",
+            )
+        end_head = offer.layout.head_start + offer.layout.num_kv_heads_local
+        if not offer.layout.head_start <= source.first_head <= source.end_head <= end_head:
+            raise RemoteProtocolError(
+                f"prefill rank {source.tp_rank} holds heads [{offer.layout.head_start}, "
+                f"{end_head}), expected [{source.first_head}, {source.end_head}) among them"
+            )
+
+    def _form(self, offer: Offer, first_token: int) -> Form:
+        aligned = first_token % self._identity.layout.block_size_tokens == 0
+        return offer.form if aligned else "canonical"
+
+    def _read(
+        self,
+        part: _Part,
+        form: Form,
+        first_token: int,
+        end_token: int,
+        sink: Sink,
+        deadline_s: float,
+    ) -> int:
+        block_tokens = self._identity.layout.block_size_tokens
+        payload_bytes = 0
+        step = self._tokens_per_read(part, form)
+        while first_token < end_token:
+            piece_end = min(end_token, (first_token // block_tokens) * block_tokens + step)
+            items = part.channel.read(
+                first_token=first_token,
+                end_token=piece_end,
+                first_head=part.source.first_head,
+                end_head=part.source.end_head,
+                form=form,
+            )
+            layer_at, block = -1, 0
+            for layer, data in items:
+                payload_bytes += len(data)
+                if layer != layer_at:
+                    layer_at, block = layer, first_token // block_tokens
+                if form == "native":
+                    sink.write_native(layer, block, data)
+                    block += len(data) // part.offer.layout.row_bytes
+                else:
+                    sink.write_canonical(
+                        layer, first_token, part.source.first_head, part.source.end_head, data
+                    )
+                if time.monotonic() >= deadline_s:
+                    raise HandoffTimeout(
+                        "of this load",
+                        "end of the load",
+                        setting="handoff.load_s",
+                        timeout_s=self._policy.load_s,
+                    )
+            first_token = piece_end
+        return payload_bytes
+
+    def _tokens_per_read(self, part: _Part, form: Form) -> int:
+        """Return how many tokens, in whole blocks, one READ asks for."""
+        layout = self._identity.layout
+        heads = part.source.end_head - part.source.first_head
+        bound = MAX_DATA_BYTES if form == "native" and _in_place(part.channel) else READ_BYTES
+        blocks = bound // layout.canonical_bytes(layout.block_size_tokens, heads)
+        return max(1, blocks) * layout.block_size_tokens
+
+    def _give_up(self, parts: list[_Part], exc: BaseException) -> None:
+        """Tell every publisher that still waits; whatever does not answer is closed."""
+        for part in parts:
+            if not part.ended:
+                with contextlib.suppress(DisaggError):
+                    part.channel.end(Outcome.FAILED, f"{type(exc).__name__}: {exc}")
+            part.channel.close()
+
+    def _tell(self, handoff_id: str, step: str, **detail: str | int | float) -> None:
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(HandoffEvent(HandoffId(handoff_id), step, time.time(), detail))
+        except Exception:
+            logger.exception("on_event failed at step %s of handoff %s", step, handoff_id)
+
+
+def _in_place(channel: Channel) -> bool:
+    return bool(getattr(channel, "passes_memory", False))

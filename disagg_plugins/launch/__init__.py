@@ -1,0 +1,1 @@
+"""Starting the workers that a policy describes."""

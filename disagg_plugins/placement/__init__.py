@@ -1,0 +1,1 @@
+"""Which hardware each role gets: the types that the placement hooks speak."""

@@ -1,0 +1,165 @@
+"""What the parts of a policy mean together: contradictions, advice, and the whole in words."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from disagg_plugins.credentials import read_secret
+from disagg_plugins.errors import ConfigError
+from disagg_plugins.types import Role
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from disagg_plugins.policy import Policy, WorkerPolicy
+    from disagg_plugins.yaml_source import KeyPath
+
+
+def contradictions(policy: Policy) -> Iterator[tuple[KeyPath, str]]:
+    """Yield what cannot work: the key's path and the problem."""
+    gateway = policy.gateway
+    for index, worker in enumerate(policy.fleet.workers):
+        url = urlsplit(worker.url)
+        if url.port == gateway.port and _is_loopback(url.hostname or ""):
+            yield (
+                ("fleet", "workers", index, "url"),
+                f"port {gateway.port} is the gateway's own (gateway.port)",
+            )
+        if worker.launch is not None and not _is_loopback(url.hostname or ""):
+            yield (
+                ("fleet", "workers", index, "launch"),
+                f"a worker at {url.hostname} cannot be started from here; launch starts workers "
+                "on this machine: use 127.0.0.1, or start it there and drop launch",
+            )
+    twice = sorted({t for t in policy.handoff.transports if policy.handoff.transports.count(t) > 1})
+    if twice:
+        yield ("handoff", "transports"), f"named twice: {', '.join(twice)}"
+    if policy.handoff.connect_s > policy.handoff.load_s:
+        yield (
+            ("handoff", "load_s"),
+            f"{policy.handoff.load_s:g} s for the whole load is less than connect_s "
+            f"({policy.handoff.connect_s:g} s), which is a part of it",
+        )
+
+
+def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
+    """Yield what is allowed and yet likely not meant.
+
+    Args:
+        policy: The policy.
+        base_dir: Its folder, where a relative secret file starts.
+    """
+    workers = policy.fleet.workers
+    if can_split(policy):
+        try:
+            read_secret(policy.secret, base_dir)
+        except ConfigError as exc:
+            yield f"no handoff can be made without the secret: {exc}"
+    elif not any(w.role.serves(Role.PREFILL) for w in workers):
+        yield "no worker has the role prefill or both: no request will be split"
+    else:
+        yield "the only worker that could read prompts also writes the answers: nothing is split"
+    if policy.handoff.ticket_s < policy.gateway.prefill_s:
+        yield (
+            f"handoff.ticket_s ({policy.handoff.ticket_s:g}) is shorter than gateway.prefill_s "
+            f"({policy.gateway.prefill_s:g}): a long prefill would return with a void ticket"
+        )
+    for key, host in (
+        ("gateway.host", policy.gateway.host),
+        ("handoff.listen_host", policy.handoff.listen_host),
+    ):
+        if not _is_loopback(host):
+            yield (
+                f"{key} is {host}: reachable from the network, and nothing is encrypted; keep it "
+                "inside a trusted network"
+            )
+    models = sorted({w.launch.model for w in workers if w.launch is not None})
+    if len(models) > 1:
+        yield f"the fleet launches several models ({', '.join(models)}): these cannot share KV"
+
+
+def can_split(policy: Policy) -> bool:
+    """Return whether two different workers could do the two phases of a request."""
+    prefill = {w.name for w in policy.fleet.workers if w.role.serves(Role.PREFILL)}
+    decode = {w.name for w in policy.fleet.workers if w.role.serves(Role.DECODE)}
+    return bool(prefill) and len(prefill | decode) > 1
+
+
+def explain(policy: Policy) -> str:
+    """Return the policy in words, one fact a line."""
+    return "\n".join(_sentences(policy))
+
+
+def _sentences(policy: Policy) -> Iterator[str]:
+    gateway, handoff, plugins = policy.gateway, policy.handoff, policy.plugins
+    model = policy.model or "the model that the workers name"
+    yield f"The gateway listens on {gateway.host}:{gateway.port} and serves {model}."
+    for worker in policy.fleet.workers:
+        yield _worker_sentence(worker)
+    least = policy.scheduler.split.min_prompt_tokens
+    if can_split(policy):
+        yield (
+            f"A request is split when its prompt has at least {least} tokens and a prefill worker "
+            "is healthy and has room; else one decode worker does all of it."
+        )
+    else:
+        yield "No request is split: there are no two workers for the two phases."
+    yield "Among workers the least loaded is chosen; equals take turns."
+    for plugin, weight in sorted(policy.scheduler.weights.items()):
+        yield f"Scores of plugin {plugin} weigh {weight:g} (others 1)."
+    yield (
+        f"KV travels by {', else '.join(handoff.transports)}; a worker stages at most "
+        f"{handoff.staging_bytes / (1 << 20):g} MiB a rank and waits {handoff.staging_wait_s:g} s "
+        "for room."
+    )
+    yield (
+        f"A handoff nobody claims is freed after {handoff.lease_s:g} s. A load may take "
+        f"{handoff.load_s:g} s; if it fails, the decode worker computes the prompt itself."
+    )
+    source = policy.secret
+    where = f"environment variable {source.env}" if source.env else f"file {source.file}"
+    yield f"The shared secret is in the {where}."
+    yield (
+        f"A worker rests after {gateway.unhealthy_after} failures in a row; at most "
+        f"{gateway.max_requests} requests are in flight, more get 503."
+    )
+    yield (
+        f"A third-party plugin has {plugins.deadline_s * 1000:g} ms a call and is switched off "
+        f"after {plugins.strikes} overruns."
+    )
+    if plugins.disabled:
+        yield f"Not loaded: {', '.join(plugins.disabled)}."
+    if policy.telemetry.records is not None:
+        yield f"A record of each request is written to {policy.telemetry.records}."
+
+
+def _worker_sentence(worker: WorkerPolicy) -> str:
+    does = {
+        Role.PREFILL: "reads prompts",
+        Role.DECODE: "writes answers",
+        Role.BOTH: "reads prompts and writes answers",
+    }[worker.role]
+    start = ""
+    if worker.launch is not None:
+        start = f" `disagg up` starts it with {worker.launch.model}"
+        start += f" on CPUs {_listed(worker.launch.cpus)}." if worker.launch.cpus else "."
+    return (
+        f"Worker {worker.name} ({worker.engine} at {worker.url}) {does}, "
+        f"{worker.capacity} requests at once.{start}"
+    )
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,230 @@
+"""From a policy file to a ``Policy``: every error names file, line, key and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from disagg_plugins.credentials import looks_like_a_secret, read_secret
+from disagg_plugins.errors import ConfigError
+from disagg_plugins.policy import Policy
+from disagg_plugins.policy_advice import advice, contradictions
+from disagg_plugins.yaml_source import (
+    MAX_FILE_BYTES,
+    KeyPath,
+    YamlSource,
+    dotted,
+    parse_yaml,
+    read_bounded,
+)
+
+if typing.TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+SECRET_FIX = (
+    "write secret: {env: NAME} or secret: {file: PATH}, and keep the secret itself out of the file"
+)
+ENVIRONMENT_FIX = "set it in the environment of `disagg up`: workers inherit it"
+QUOTE_FIX = 'YAML reads it as something else than text: put it in quotes, "..."'
+
+SHOWN_CHARACTERS = 60
+"""Of a wrong value in an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPolicy:
+    """A policy and the file it came from.
+
+    Attributes:
+        policy: The policy.
+        path: The file, absolute; relative paths in the policy start at its folder.
+        warnings: What is allowed and yet likely not meant, one sentence each.
+    """
+
+    policy: Policy
+    path: Path
+    warnings: tuple[str, ...]
+
+    @property
+    def base_dir(self) -> Path:
+        """Return the folder where the policy's relative paths start."""
+        return self.path.parent
+
+    def secret(self) -> bytes:
+        """Return the shared secret.
+
+        Raises:
+            ConfigError: See ``credentials.read_secret``.
+        """
+        return read_secret(self.policy.secret, self.base_dir)
+
+
+def read_policy(path: str | Path) -> LoadedPolicy:
+    """Read, check and return the policy of a file.
+
+    Raises:
+        ConfigError: The file cannot be read, or something in it is wrong. One error tells
+            everything that was found.
+    """
+    absolute = Path(os.path.abspath(path))
+    content, _mode = read_bounded(absolute, MAX_FILE_BYTES, "policy file")
+    source = parse_yaml(content, str(path))
+    if not isinstance(source.data, dict):
+        raise ConfigError(
+            f"a policy is a mapping of keys, not {_kind(source.data)}", file=source.file, line=1
+        )
+    problems = list(_secrets(source))
+    policy: Policy | None = None
+    try:
+        policy = Policy.model_validate(source.data)
+    except ValidationError as exc:
+        problems += _problems(exc, source, {tuple(p.path) for p in problems})
+    if policy is not None:
+        problems += [_Problem(path, text) for path, text in contradictions(policy)]
+    if problems or policy is None:
+        raise _combined(problems, source)
+    return LoadedPolicy(policy, absolute, tuple(advice(policy, absolute.parent)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    path: KeyPath
+    text: str
+    fix: str | None = None
+
+    def error(self, source: YamlSource) -> ConfigError:
+        return ConfigError(
+            self.text,
+            file=source.file,
+            line=source.line(self.path),
+            key=dotted(self.path) or None,
+            fix=self.fix,
+        )
+
+
+def _combined(problems: list[_Problem], source: YamlSource) -> ConfigError:
+    errors = [p.error(source) for p in problems]
+    errors.sort(key=lambda e: e.line or 0)
+    if len(errors) == 1:
+        return errors[0]
+    lines = "".join(f"\n  {error}" for error in errors)
+    return ConfigError(f"{len(errors)} things are wrong:{lines}", file=source.file)
+
+
+def _secrets(source: YamlSource) -> Iterator[_Problem]:
+    """Yield a problem for each value whose key says that it is a secret; never the value."""
+    stack: list[tuple[KeyPath, object]] = [((), source.data)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [((*path, key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            stack += [((*path, index), item) for index, item in enumerate(value)]
+        elif isinstance(value, (str, int, float)) and _holds_a_secret(path):
+            launch = "launch" in path and "env" in path
+            yield _Problem(
+                path,
+                "looks like a secret in plain sight; secrets never stand in the policy",
+                ENVIRONMENT_FIX if launch else SECRET_FIX,
+            )
+
+
+def _holds_a_secret(path: KeyPath) -> bool:
+    """Return whether the key is named like a secret, and is not one of ours or close to one."""
+    if path == ("secret",):
+        return True
+    key = path[-1] if path else 0
+    if not isinstance(key, str) or not looks_like_a_secret(key):
+        return False
+    return not difflib.get_close_matches(key, _fields(path[:-1]), n=1, cutoff=0.8)
+
+
+def _problems(
+    exc: ValidationError, source: YamlSource, known: set[KeyPath]
+) -> Iterator[_Problem]:
+    for error in exc.errors(include_url=False, include_context=True):
+        path: KeyPath = tuple(error["loc"])
+        if any(path[: len(other)] == other for other in known):
+            continue
+        hidden = any(isinstance(part, str) and looks_like_a_secret(part) for part in path)
+        kind, value = error["type"], error["input"]
+        context: Mapping[str, object] = error.get("ctx", {})
+        if kind == "extra_forbidden":
+            yield _unknown_key(path)
+        elif kind == "missing":
+            yield _Problem(path, "is missing")
+        elif hidden and kind in ("model_type", "string_pattern_mismatch"):
+            yield _Problem(path, "is not the name of an environment variable", SECRET_FIX)
+        elif kind in ("enum", "literal_error"):
+            expected = str(context.get("expected", ""))
+            yield _Problem(
+                path, f"{_shown(value)} is not allowed; allowed: {expected}", _near(value, expected)
+            )
+        elif kind == "value_error":
+            yield _Problem(path, str(context.get("error", error["msg"])))
+        else:
+            text = error["msg"][:1].lower() + error["msg"][1:]
+            got = "" if hidden else f", not {_shown(value)}"
+            quote = kind == "string_type" and isinstance(value, (bool, int, float))
+            yield _Problem(path, text + got, QUOTE_FIX if quote else None)
+
+
+def _unknown_key(path: KeyPath) -> _Problem:
+    allowed = _fields(path[:-1])
+    close = difflib.get_close_matches(str(path[-1]), allowed, n=1)
+    fix = f"did you mean {close[0]}?" if close else None
+    return _Problem(path, f"unknown key; allowed here: {', '.join(allowed)}", fix)
+
+
+def _fields(path: KeyPath) -> list[str]:
+    """Return the keys that the section at ``path`` may have."""
+    model: type[BaseModel] = Policy
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        found = None if field is None else _model_in(field.annotation)
+        if found is None:
+            return []
+        model = found
+    return list(model.model_fields)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """Return the section class inside ``X``, ``X | None``, ``list[X]`` or ``Annotated[X, ...]``."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    for argument in typing.get_args(annotation):
+        found = _model_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _near(value: object, expected: str) -> str | None:
+    words = expected.replace(" or ", ", ").replace("'", "").split(", ")
+    close = difflib.get_close_matches(str(value).lower(), words, n=1)
+    return f"did you mean {close[0]}?" if close else None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (dict, list)) or value is None:
+        return _kind(value)
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return f"a {type(value).__name__}"

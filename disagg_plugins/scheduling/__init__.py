@@ -1,0 +1,1 @@
+"""The built-in scheduler: one rule a file, each a plugin; ``decision`` asks them in order."""

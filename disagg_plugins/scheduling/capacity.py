@@ -1,0 +1,49 @@
+"""Give no worker more than its capacity, and refuse what nobody can take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from disagg_plugins import hookimpl
+from disagg_plugins.types import FleetView, Refusal, RequestProfile, Role, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+RETRY_UNHEALTHY_S = 5.0
+"""A worker that rests comes back with a health probe; a few probe intervals."""
+
+RETRY_FULL_S = 1.0
+"""Requests end all the time on a full fleet."""
+
+
+class Capacity:
+    """Refuses a request when no decode worker can take it; leaves out full workers."""
+
+    @hookimpl
+    def disagg_select_admission(self, profile: RequestProfile, fleet: FleetView) -> Refusal | None:
+        """See ``hookspecs.disagg_select_admission``."""
+        serving = fleet.serving(Role.DECODE)
+        if not serving:
+            return Refusal("no healthy decode worker", RETRY_UNHEALTHY_S, status=503)
+        if any(_has_room(worker, fleet) for worker in serving):
+            return None
+        requests = sum(fleet.load(worker).requests for worker in serving)
+        capacity = sum(worker.capacity for worker in serving)
+        return Refusal(
+            f"all {len(serving)} healthy decode workers are at capacity: {requests} requests in "
+            f"flight, {capacity} allowed",
+            RETRY_FULL_S,
+            status=429,
+        )
+
+    @hookimpl
+    def disagg_filter_workers(
+        self, workers: Sequence[Worker], fleet: FleetView
+    ) -> list[Worker] | None:
+        """See ``hookspecs.disagg_filter_workers``."""
+        return [worker for worker in workers if _has_room(worker, fleet)]
+
+
+def _has_room(worker: Worker, fleet: FleetView) -> bool:
+    return fleet.load(worker).requests < worker.capacity

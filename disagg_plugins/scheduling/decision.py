@@ -1,0 +1,127 @@
+"""From a request profile and the fleet's state to a route: asks the scheduler hooks in order.
+
+Pure and synchronous: it knows no clock, no socket and no event loop, so the gateway and the
+simulator decide with the same code.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from disagg_plugins.errors import NoCapacityError
+from disagg_plugins.types import (
+    Decision,
+    Disaggregated,
+    FleetView,
+    Local,
+    RequestProfile,
+    Role,
+    SplitDecision,
+    Worker,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from disagg_plugins.plugins import PluginHost
+    from disagg_plugins.policy import Policy
+
+RETRY_NO_WORKER_S = 1.0
+"""Told to the client when the plugins' filters leave no decode worker."""
+
+TIE = 1e-9
+"""Scores closer than this are equal: weighted means differ in their last bits."""
+
+
+class Scheduler:
+    """Decides the route of each request. Thread-safe.
+
+    Args:
+        host: The plugins; told the policy here (``PluginHost.start``).
+        policy: The whole policy.
+    """
+
+    def __init__(self, host: PluginHost, policy: Policy) -> None:
+        host.start(policy)
+        self._hooks = host.scheduler
+        self._weights = dict(policy.scheduler.weights)
+        self._lock = threading.Lock()
+        self._turn = 0
+        self._last_turn: dict[tuple[Role, str], int] = {}
+
+    def decide(self, profile: RequestProfile, fleet: FleetView) -> Decision:
+        """Return the route of a request and why it was chosen.
+
+        Raises:
+            NoCapacityError: The request is refused, or no decode worker can take it.
+        """
+        refusal = self._hooks.select_admission(profile, fleet)
+        if refusal is not None:
+            raise NoCapacityError(
+                refusal.reason, retry_after_s=refusal.retry_after_s, status=refusal.status
+            )
+        decode, problem = self._worker(profile, Role.DECODE, fleet)
+        if decode is None:
+            raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S)
+        split = self._split(profile, fleet)
+        if not split.split:
+            return Decision(Local(decode), split.reason)
+        prefill, problem = self._worker(profile, Role.PREFILL, fleet, other=decode)
+        if prefill is None:
+            return Decision(Local(decode), problem)
+        if prefill.name == decode.name:
+            return Decision(
+                Local(decode), f"worker {decode.name!r} is the best choice for both phases"
+            )
+        return Decision(Disaggregated(prefill, decode), split.reason)
+
+    def queue_score(self, profile: RequestProfile) -> float:
+        """Return how urgent a request is that waits for a prefill worker, from 0 to 1."""
+        return self._hooks.score_queue(profile, self._weights)
+
+    def request_ended(self, record: Mapping[str, object]) -> None:
+        """Tell the plugins how a request ended."""
+        self._hooks.on_request_end(record)
+
+    def _split(self, profile: RequestProfile, fleet: FleetView) -> SplitDecision:
+        if profile.unsplittable is not None:
+            return SplitDecision(False, f"cannot be split: {profile.unsplittable}")
+        return self._hooks.select_split(profile, fleet) or SplitDecision(
+            False, "no plugin asked for a split"
+        )
+
+    def _worker(
+        self, profile: RequestProfile, role: Role, fleet: FleetView, other: Worker | None = None
+    ) -> tuple[Worker | None, str]:
+        """Return the worker for ``role``, or None and why there is none.
+
+        ``other`` holds the other role of this request: among equals it comes last.
+        """
+        candidates = fleet.serving(role)
+        if not candidates:
+            return None, f"no healthy {role} worker"
+        workers, left_out_by = self._hooks.filter_workers(profile, role, candidates, fleet)
+        if not workers:
+            return None, f"no {role} worker left by {', '.join(left_out_by)}"
+        scored = self._hooks.score_workers(profile, role, workers, fleet, self._weights)
+        name = self._hooks.select_worker(profile, role, scored)
+        with self._lock:
+            if name is None:
+                name = self._best(role, scored, None if other is None else other.name)
+            self._chosen(role, name, fleet)
+        return next(worker for worker in workers if worker.name == name), ""
+
+    def _best(self, role: Role, scored: Mapping[str, float], other: str | None) -> str:
+        highest = max(scored.values())
+        equals = [name for name, score in scored.items() if score >= highest - TIE]
+        return min(
+            equals, key=lambda name: (name == other, self._last_turn.get((role, name), 0))
+        )
+
+    def _chosen(self, role: Role, name: str, fleet: FleetView) -> None:
+        self._turn += 1
+        self._last_turn[role, name] = self._turn
+        if len(self._last_turn) > 2 * len(fleet.workers) + 2:  # workers came and went
+            present = {worker.name for worker in fleet.workers}
+            self._last_turn = {k: v for k, v in self._last_turn.items() if k[1] in present}

@@ -1,0 +1,167 @@
+"""The typed facade of the scheduler hooks: what plugins may answer, and how answers combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Real
+from types import MappingProxyType
+from typing import TypeVar
+
+from disagg_plugins.hook_calls import HookCalls, NonsenseError
+from disagg_plugins.types import (
+    FleetView,
+    Refusal,
+    RequestProfile,
+    Role,
+    SplitDecision,
+    Worker,
+)
+
+T = TypeVar("T")
+
+NEUTRAL_SCORE = 0.5
+"""Given where no plugin has an opinion."""
+
+
+class SchedulerHooks:
+    """Asks the plugins and combines their answers; see ``hookspecs`` for each hook."""
+
+    def __init__(self, calls: HookCalls) -> None:
+        self._calls = calls
+
+    def select_admission(self, profile: RequestProfile, fleet: FleetView) -> Refusal | None:
+        """Return the first refusal; None admits."""
+        found = self._calls.first(
+            "disagg_select_admission", _instance(Refusal), {"profile": profile, "fleet": fleet}
+        )
+        return None if found is None else found[1]
+
+    def select_split(self, profile: RequestProfile, fleet: FleetView) -> SplitDecision | None:
+        """Return the first decision; None when nobody has an opinion."""
+        found = self._calls.first(
+            "disagg_select_split", _instance(SplitDecision), {"profile": profile, "fleet": fleet}
+        )
+        return None if found is None else found[1]
+
+    def filter_workers(
+        self, profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
+    ) -> tuple[tuple[Worker, ...], tuple[str, ...]]:
+        """Return the workers that every plugin keeps, and the plugins that left some out."""
+        by_name = {worker.name: worker for worker in workers}
+        arguments = {"profile": profile, "role": role, "workers": workers, "fleet": fleet}
+        left_out_by = []
+        kept = set(by_name)
+        for plugin, names in self._calls.every(
+            "disagg_filter_workers", lambda answer: _worker_names(answer, by_name), arguments
+        ):
+            if len(names) < len(by_name):
+                left_out_by.append(plugin)
+            kept &= names
+        return tuple(w for w in workers if w.name in kept), tuple(left_out_by)
+
+    def score_workers(
+        self,
+        profile: RequestProfile,
+        role: Role,
+        workers: Sequence[Worker],
+        fleet: FleetView,
+        weights: Mapping[str, float],
+    ) -> dict[str, float]:
+        """Return each worker's weighted mean score, neutral where nobody has an opinion."""
+        names = [worker.name for worker in workers]
+        answers = self._calls.every(
+            "disagg_score_workers",
+            lambda answer: _scores(answer, names),
+            {"profile": profile, "role": role, "workers": workers, "fleet": fleet},
+            without=_weightless(weights),
+        )
+        return {
+            name: _mean(
+                (weights.get(plugin, 1.0), scores[name])
+                for plugin, scores in answers
+                if name in scores
+            )
+            for name in names
+        }
+
+    def select_worker(
+        self, profile: RequestProfile, role: Role, scored: Mapping[str, float]
+    ) -> str | None:
+        """Return the first valid answer, a key of ``scored``, or None."""
+
+        def check(answer: object) -> str:
+            if not isinstance(answer, str) or answer not in scored:
+                raise NonsenseError(f"answered {answer!r}, not one of {', '.join(scored)}")
+            return answer
+
+        arguments = {"profile": profile, "role": role, "scored": MappingProxyType(dict(scored))}
+        found = self._calls.first("disagg_select_worker", check, arguments)
+        return None if found is None else found[1]
+
+    def score_queue(self, profile: RequestProfile, weights: Mapping[str, float]) -> float:
+        """Return how urgent a waiting request is, from 0 to 1."""
+        answers = self._calls.every(
+            "disagg_score_queue", _score, {"profile": profile}, without=_weightless(weights)
+        )
+        return _mean((weights.get(plugin, 1.0), score) for plugin, score in answers)
+
+    def on_request_end(self, record: Mapping[str, object]) -> None:
+        """Tell every plugin how a request ended; they cannot change the record."""
+        self._calls.tell("disagg_on_request_end", {"record": MappingProxyType(dict(record))})
+
+
+def _instance(kind: type[T]) -> Callable[[object], T]:
+    def check(answer: object) -> T:
+        if not isinstance(answer, kind):
+            raise NonsenseError(f"answered {type(answer).__name__}, not {kind.__name__}")
+        return answer
+
+    return check
+
+
+def _worker_names(answer: object, allowed: Collection[str]) -> set[str]:
+    if not isinstance(answer, Sequence) or isinstance(answer, (str, bytes)):
+        raise NonsenseError(f"answered {type(answer).__name__}, not a list of workers")
+    names = set()
+    for worker in answer:
+        if not isinstance(worker, Worker):
+            raise NonsenseError(f"answered a {type(worker).__name__} among the workers")
+        if worker.name not in allowed:
+            raise NonsenseError(f"answered worker {worker.name!r}, which was not asked about")
+        names.add(worker.name)
+    return names
+
+
+def _scores(answer: object, allowed: Collection[str]) -> dict[str, float]:
+    if not isinstance(answer, Mapping):
+        raise NonsenseError(f"answered {type(answer).__name__}, not a mapping of scores")
+    scores = {}
+    for name, value in answer.items():
+        if name not in allowed:
+            raise NonsenseError(f"scored {name!r}, which was not asked about")
+        scores[name] = _score(value)
+    return scores
+
+
+def _score(value: object) -> float:
+    if type(value) is float:
+        score = value
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        score = float(value)  # an integer, or a number of numpy's
+    else:
+        raise NonsenseError(f"scored {value!r}, not a number")
+    if not 0.0 <= score <= 1.0:  # also refuses NaN
+        raise NonsenseError(f"scored {score!r}, outside 0 to 1")
+    return score
+
+
+def _weightless(weights: Mapping[str, float]) -> tuple[str, ...]:
+    return tuple(plugin for plugin, weight in weights.items() if weight == 0)
+
+
+def _mean(weighted: Iterable[tuple[float, float]]) -> float:
+    total = weight_sum = 0.0
+    for weight, score in weighted:
+        total += weight * score
+        weight_sum += weight
+    return total / weight_sum if weight_sum else NEUTRAL_SCORE

@@ -1,0 +1,206 @@
+"""The per-request record, and its file of JSON lines.
+
+One line a request tells where it went and why, how fast it was, and whether the KV really
+travelled. Lines are encoded and written off the event loop, a few times a second.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from disagg_plugins.errors import ConfigError
+
+MAX_PENDING = 65_536
+"""Records held until the next flush; more are dropped and counted."""
+
+
+@dataclass(slots=True)
+class ItlSummary:
+    """The gaps between streamed chunks of one answer, in seconds."""
+
+    count: int
+    p50_s: float
+    p99_s: float
+    max_s: float
+    std_s: float
+
+
+def summarise(ordered: Sequence[float]) -> ItlSummary | None:
+    """Return the summary of sorted gaps, or None when there are none."""
+    if not ordered:
+        return None
+    n = len(ordered)
+    # not the statistics module: its exact fractions cost more than all else in a request
+    mean_s = math.fsum(ordered) / n
+    variance = math.fsum([(gap_s - mean_s) ** 2 for gap_s in ordered]) / n
+    return ItlSummary(
+        count=n,
+        p50_s=ordered[n // 2],
+        p99_s=ordered[min(n - 1, int(n * 0.99))],
+        max_s=ordered[-1],
+        std_s=math.sqrt(variance),
+    )
+
+
+@dataclass(slots=True)
+class HandoffRecord:
+    """What became of one handoff, as far as the workers reported.
+
+    Attributes:
+        id: The handoff.
+        outcome: ``consumed``, ``expired`` or ``failed`` from the publisher; ``cancelled`` or
+            ``not_published`` from the gateway; None when nobody told.
+        report: ``complete`` or ``missing`` (no decode worker told of a load in time).
+    """
+
+    id: str
+    outcome: str | None = None
+    report: str = "missing"
+    published_tokens: int | None = None
+    publish_s: float | None = None
+    bytes: int = 0
+    tokens_loaded: int = 0
+    tokens_local: int = 0
+    tokens_recomputed: int | None = None
+    transport: str | None = None
+    form: str | None = None
+    load_s: float | None = None
+    problem: str | None = None
+
+
+@dataclass(slots=True)
+class FailureRecord:
+    """One failed call to a worker."""
+
+    worker: str
+    side: str
+    kind: str
+    detail: str
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Everything told of one request; times in seconds."""
+
+    request_id: str
+    at_s: float
+    endpoint: str
+    model: str | None
+    route: str
+    why: str
+    prefill: str | None
+    decode: str
+    stream: bool
+    prompt_tokens_estimate: int
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    status: int = 0
+    outcome: str = ""
+    finish: str | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+    prefill_s: float | None = None
+    itl: ItlSummary | None = None
+    handoff: HandoffRecord | None = None
+    split: str = "no"
+    retries: int = 0
+    failures: list[FailureRecord] = field(default_factory=list)
+    client_gone: bool = False
+    gaps_s: list[float] | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the record as plain values; gaps become their summary."""
+        gaps_s, self.gaps_s = self.gaps_s, None
+        if gaps_s is not None:
+            self.itl = summarise(gaps_s)
+        plain: dict[str, object] = msgspec.to_builtins(self)
+        del plain["gaps_s"]
+        return plain
+
+
+class RecordView(Mapping[str, object]):
+    """A record as plugins see it: read-only, turned into plain values when first looked at."""
+
+    def __init__(self, record: RequestRecord) -> None:
+        self._record = record
+        self._plain: dict[str, object] | None = None
+
+    def _values(self) -> dict[str, object]:
+        if self._plain is None:
+            self._plain = self._record.as_dict()
+        return self._plain
+
+    def __getitem__(self, key: str) -> object:
+        return self._values()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+
+class RecordFile:
+    """A file of JSON lines, appended to, readable by its owner only.
+
+    ``add`` is called on the event loop, ``flush`` on any other thread.
+
+    Raises:
+        ConfigError: The file cannot be opened for writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise ConfigError(
+                f"cannot write records to {path}: {exc.strerror}",
+                key="telemetry.records",
+                fix="name a file in a directory that this user may write to",
+            ) from exc
+        self._pending: deque[RequestRecord] = deque()
+        self._lock = threading.Lock()
+        self.dropped = 0
+        self.written = 0
+
+    def add(self, record: RequestRecord) -> bool:
+        """Take a record; False when too many wait for the disk."""
+        if len(self._pending) >= MAX_PENDING:
+            self.dropped += 1
+            return False
+        self._pending.append(record)
+        return True
+
+    def flush(self) -> None:
+        """Write what is pending; a disk that is full loses records, never requests."""
+        with self._lock:
+            lines = []
+            while self._pending:
+                lines.append(msgspec.json.encode(self._pending.popleft().as_dict()))
+            if not lines or self._fd < 0:
+                return
+            data = memoryview(b"\n".join(lines) + b"\n")
+            try:
+                while data:
+                    data = data[os.write(self._fd, data) :]
+                self.written += len(lines)
+            except OSError:
+                self.dropped += len(lines)
+
+    def close(self) -> None:
+        """Write the rest and close; idempotent."""
+        self.flush()
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1

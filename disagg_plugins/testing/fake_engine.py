@@ -1,0 +1,463 @@
+"""A fast pretend engine: speaks vLLM's HTTP, computes nothing, misbehaves on demand.
+
+Its tokens depend on the prompt only, so a split answer can be compared with a local one. It runs
+in a thread of its own (``with FakeEngine() as engine``) or as a process::
+
+    python -m disagg_plugins.testing.fake_engine --port 8101 --tokens 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import threading
+import time
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, cast
+
+import httptools
+import msgspec
+
+from disagg_plugins.handoff.tickets import verify
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from disagg_plugins.telemetry.reports import Reporter
+
+Json = dict[str, object]
+
+MAX_TOKENS_SERVED = 100_000
+START_TIMEOUT_S = 10.0
+
+
+@dataclass(slots=True)
+class Behaviour:
+    """How the engine answers completions.
+
+    Attributes:
+        status: Answer with this status and an error body.
+        hang: Say nothing: at all (``head``), or after ``after_chunks`` chunks (``stream``).
+        close: Close the connection: at once (``head``), or after ``after_chunks`` (``stream``).
+        after_chunks: See ``hang`` and ``close``.
+        garbage: Answer something that is not JSON (``body``) or not HTTP (``http``).
+        no_params: A prefill answer without handoff parameters.
+        no_done: End a stream without ``[DONE]``.
+        first_s: Wait before answering, in seconds.
+        chunk_s: Wait between chunks, in seconds.
+        tokens: Tokens of an answer; None: what the request bounds, 8 without a bound.
+        close_delimited: End answers by closing instead of framing them.
+        times: Misbehave for so many requests only; None: always.
+    """
+
+    status: int | None = None
+    hang: Literal["head", "stream"] | None = None
+    close: Literal["head", "stream"] | None = None
+    after_chunks: int = 2
+    garbage: Literal["body", "http"] | None = None
+    no_params: bool = False
+    no_done: bool = False
+    first_s: float = 0.0
+    chunk_s: float = 0.0
+    tokens: int | None = None
+    close_delimited: bool = False
+    times: int | None = None
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the engine saw."""
+
+    requests: int = 0
+    prefills: int = 0
+    decodes: int = 0
+    locals: int = 0
+    completed: int = 0
+    aborted: int = 0
+    bodies: deque[Json] = field(default_factory=lambda: deque(maxlen=64))
+    headers: deque[dict[str, str]] = field(default_factory=lambda: deque(maxlen=64))
+
+
+class FakeEngine:
+    """One pretend worker.
+
+    Args:
+        model: The model it claims to serve.
+        port: Where to listen; 0: anywhere free.
+        behaviour: How it answers; may be replaced while it runs.
+        secret: With it, tickets are checked and reports name their handoff.
+        reporter: Takes ``published``, ``loaded`` and ``ended`` reports.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "fake-model",
+        port: int = 0,
+        behaviour: Behaviour | None = None,
+        secret: bytes | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.model = model
+        self.port = port
+        self.behaviour = behaviour or Behaviour()
+        self.secret = secret
+        self.reporter = reporter
+        self.seen = Seen()
+        self.healthy = True
+        self.connections: set[_Connection] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> FakeEngine:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Listen, in a thread; returns once connections are accepted."""
+        ready = threading.Event()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self.serve(ready)), name="fake-engine", daemon=True
+        )
+        self._thread.start()
+        if not ready.wait(START_TIMEOUT_S):
+            raise RuntimeError(f"the fake engine did not start within {START_TIMEOUT_S:g} s")
+
+    def stop(self) -> None:
+        """Close every connection and end the thread; idempotent."""
+        loop, stop = self._loop, self._stop
+        if loop is not None and stop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(stop.set)
+        if self._thread is not None:
+            self._thread.join(START_TIMEOUT_S)
+
+    async def serve(self, ready: threading.Event | None = None) -> None:
+        """Serve on the running loop until stopped."""
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        sock = socket.create_server(("127.0.0.1", self.port), backlog=2048)
+        self.port = sock.getsockname()[1]
+        server = await self._loop.create_server(lambda: _Connection(self), sock=sock)
+        if ready is not None:
+            ready.set()
+        try:
+            await self._stop.wait()
+        finally:
+            server.close()
+            for connection in list(self.connections):
+                connection.transport.abort()
+            await asyncio.sleep(0)
+
+    def take_behaviour(self) -> Behaviour:
+        """Return the behaviour for one request."""
+        behaviour = self.behaviour
+        if behaviour.times is not None:
+            if behaviour.times <= 0:
+                return Behaviour(tokens=behaviour.tokens, chunk_s=behaviour.chunk_s)
+            behaviour.times -= 1
+        return behaviour
+
+    def report(self, step: str, ticket: object, tokens: int) -> None:
+        """Report what a real worker would."""
+        if self.secret is None or self.reporter is None or not isinstance(ticket, str):
+            return
+        handoff_id = verify(self.secret, ticket, time.time()).handoff_id
+        send = self.reporter.send
+        size_bytes = tokens * 1024
+        if step == "prefill":
+            send(
+                {"kind": "published", "handoff_id": handoff_id, "num_tokens": tokens,
+                 "bytes": size_bytes, "seconds": 0.001}
+            )  # fmt: skip
+            return
+        send(
+            {"kind": "loaded", "handoff_id": handoff_id, "num_tokens": tokens - 1,
+             "tokens_recomputed": 1, "bytes": size_bytes, "transport": "shm", "form": "native",
+             "seconds": 0.001}
+        )  # fmt: skip
+        send({"kind": "ended", "handoff_id": handoff_id, "outcome": "consumed"})
+
+
+class _Connection(asyncio.Protocol):
+    transport: asyncio.Transport
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self._parser = httptools.HttpRequestParser(self)
+        self._url = b""
+        self._headers: dict[str, str] = {}
+        self._body = b""
+        self._answering = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self._engine.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._engine.connections.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._answering:
+            self._engine.seen.aborted += 1
+            self._answering = False
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_message_begin(self) -> None:
+        self._url, self._headers, self._body = b"", {}, b""
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        engine = self._engine
+        if self._url == b"/health":
+            self._json(200 if engine.healthy else 503, {})
+        elif self._url == b"/v1/models":
+            card = {"id": engine.model, "object": "model", "owned_by": "fake"}
+            self._json(200, {"object": "list", "data": [card]})
+        elif self._url == b"/seen":
+            seen = engine.seen
+            self._json(
+                200,
+                {
+                    "requests": seen.requests,
+                    "prefills": seen.prefills,
+                    "decodes": seen.decodes,
+                    "locals": seen.locals,
+                    "completed": seen.completed,
+                    "aborted": seen.aborted,
+                },
+            )
+        else:
+            self._completion(msgspec.json.decode(self._body))
+
+    def _json(self, status: int, value: object, *, framed: bool = True) -> None:
+        body = msgspec.json.encode(value)
+        length = b"content-length: %d\r\n" % len(body) if framed else b""
+        self.transport.write(
+            b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n%b\r\n%b" % (status, length, body)
+        )
+        if not framed:
+            self.transport.close()
+
+    def _completion(self, body: Json) -> None:
+        seen = self._engine.seen
+        seen.requests += 1
+        seen.bodies.append(body)
+        seen.headers.append(self._headers)
+        answer = _Answer(self, self._engine, body, self._url.endswith(b"chat/completions"))
+        self._answering = True
+        self.later(answer.behaviour.first_s, answer.begin)
+
+    def later(self, wait_s: float, do: object) -> None:
+        call = cast("_Callback", do)
+        if wait_s > 0:
+            self._timer = asyncio.get_running_loop().call_later(wait_s, call)
+        else:
+            call()
+
+    def done(self) -> None:
+        self._answering = False
+        self._engine.seen.completed += 1
+
+    def error(self, status: int, message: str) -> None:
+        self._answering = False
+        self._json(status, {"error": {"message": message, "type": "fake", "code": status}})
+
+    def whole(self, value: object, *, framed: bool) -> None:
+        self.done()
+        self._json(200, value, framed=framed)
+
+
+class _Answer:
+    """One answer in the making."""
+
+    def __init__(self, to: _Connection, engine: FakeEngine, body: Json, chat: bool) -> None:
+        self._to = to
+        self._engine = engine
+        self._body = body
+        self._chat = chat
+        self.behaviour = engine.take_behaviour()
+        prompt = msgspec.json.encode(body.get("messages") if chat else body.get("prompt"))
+        self._seed = zlib.crc32(prompt)
+        self._prompt_tokens = max(2, len(prompt) // 4)
+        bound = self.behaviour.tokens or body.get("max_completion_tokens") or body.get("max_tokens")
+        self._tokens = min(bound if isinstance(bound, int) else 8, MAX_TOKENS_SERVED)
+        self._sent = 0
+        params = body.get("kv_transfer_params")
+        self._params: Json = params if isinstance(params, dict) else {}
+        disagg = self._params.get("disagg")
+        self._disagg: Json = disagg if isinstance(disagg, dict) else {}
+
+    def begin(self) -> None:
+        engine, how = self._engine, self.behaviour
+        prefill = self._disagg.get("step") == "prefill" or bool(
+            self._params.get("do_remote_decode")
+        )
+        decode = self._disagg.get("step") == "decode" or bool(
+            self._params.get("do_remote_prefill")
+        )
+        engine.seen.prefills += prefill
+        engine.seen.decodes += decode
+        engine.seen.locals += not prefill and not decode
+        if how.status is not None:
+            self._to.error(how.status, f"made to answer {how.status}")
+        elif how.hang == "head":
+            return
+        elif how.close == "head":
+            self._to.transport.abort()
+        elif how.garbage == "http":
+            self._to.transport.write(b"\x00\x01 this is not HTTP\r\n\r\n")
+        elif how.garbage == "body":
+            self._to.transport.write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+                b"content-length: 9\r\n\r\n<garbage>"
+            )
+        elif prefill:
+            engine.report("prefill", self._disagg.get("ticket"), self._prompt_tokens)
+            self._to.whole(self._whole(self._prefill_params()), framed=not how.close_delimited)
+        else:
+            if decode:
+                engine.report("decode", self._disagg.get("ticket"), self._prompt_tokens)
+            self._answer()
+
+    def _answer(self) -> None:
+        if not self._body.get("stream"):
+            if self.behaviour.close == "stream":
+                self._to.transport.write(
+                    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+                    b"content-length: 1000\r\n\r\n{"
+                )
+                self._to.transport.close()
+                return
+            self._to.whole(self._whole(None), framed=not self.behaviour.close_delimited)
+            return
+        framing = b"" if self.behaviour.close_delimited else b"transfer-encoding: chunked\r\n"
+        self._to.transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n%b\r\n" % framing
+        )
+        self._chunk()
+
+    def _chunk(self) -> None:
+        how = self.behaviour
+        while True:
+            if how.close == "stream" and self._sent >= how.after_chunks:
+                self._to.transport.close()
+                return
+            if how.hang == "stream" and self._sent >= how.after_chunks:
+                return
+            if self._sent >= self._tokens:
+                self._end()
+                return
+            last = self._sent == self._tokens - 1
+            self._write(self._event(self._token(self._sent), "length" if last else None))
+            self._sent += 1
+            if how.chunk_s > 0:
+                self._to.later(how.chunk_s, self._chunk)
+                return
+
+    def _end(self) -> None:
+        options = self._body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
+            event = {"id": "x", "choices": [], "usage": self._usage()}
+            self._write(b"data: %b\n\n" % msgspec.json.encode(event))
+        if not self.behaviour.no_done:
+            self._write(b"data: [DONE]\n\n")
+        self._to.done()
+        if self.behaviour.close_delimited:
+            self._to.transport.close()
+        else:
+            self._to.transport.write(b"0\r\n\r\n")
+
+    def _write(self, data: bytes) -> None:
+        if not self.behaviour.close_delimited:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._to.transport.write(data)
+
+    def _token(self, index: int) -> str:
+        return f"t{(self._seed + index * 7919) % 49_152} "
+
+    def _event(self, text: str, finish: str | None) -> bytes:
+        key, value = ("delta", {"content": text}) if self._chat else ("text", text)
+        choice = {"index": 0, key: value, "finish_reason": finish}
+        event = {"id": "x", "object": "chunk", "model": self._engine.model, "choices": [choice]}
+        return b"data: %b\n\n" % msgspec.json.encode(event)
+
+    def _usage(self) -> Json:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._tokens,
+            "total_tokens": self._prompt_tokens + self._tokens,
+        }
+
+    def _whole(self, params: Json | None) -> Json:
+        text = "".join(self._token(i) for i in range(self._tokens))
+        choice: Json = {"index": 0, "finish_reason": "length"}
+        choice.update({"message": {"role": "assistant", "content": text}} if self._chat else {"text": text})
+        answer: Json = {"id": "x", "model": self._engine.model, "choices": [choice], "usage": self._usage()}
+        if params is not None:
+            answer["kv_transfer_params"] = params
+        return answer
+
+    def _prefill_params(self) -> Json | None:
+        if self.behaviour.no_params:
+            return None
+        if not self._disagg:
+            return {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [1],
+                    "remote_engine_id": "e", "remote_host": "127.0.0.1", "remote_port": 1}  # fmt: skip
+        endpoint = {"tp_rank": 0, "tp_size": 1, "host_id": "h", "addresses": {"shm": "a"}}
+        record = {"version": 1, "num_tokens": self._prompt_tokens, "endpoints": [endpoint]}
+        return {"disagg": record, "remote_prefill_cached_tokens": 0}
+
+
+class _Callback:
+    """The type of a callback, for ``cast``."""
+
+    def __call__(self) -> None: ...
+
+
+def main() -> None:
+    """Run one fake engine as a process until it is ended."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--model", default="fake-model")
+    parser.add_argument("--tokens", type=int, default=None)
+    parser.add_argument("--chunk-s", type=float, default=0.0)
+    parser.add_argument("--first-s", type=float, default=0.0)
+    given = parser.parse_args()
+    behaviour = Behaviour(tokens=given.tokens, chunk_s=given.chunk_s, first_s=given.first_s)
+    engine = FakeEngine(model=given.model, port=given.port, behaviour=behaviour)
+
+    import uvloop
+
+    uvloop.run(engine.serve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The nouns of the project, as frozen dataclasses.
+
+Nothing here imports an engine or does I/O. Times are seconds, sizes bytes or tokens, ranges
+half-open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, NewType
+
+HandoffId = NewType("HandoffId", str)
+"""32 lower-case hexadecimal digits (128 random bits), minted by the gateway."""
+
+Family = Literal["relay", "rendezvous"]
+"""How a handoff is arranged: *relay* (prefill answers, decode is called with its params) or
+*rendezvous* (both are called at once under an id that the gateway chose)."""
+
+
+class Role(StrEnum):
+    """What a worker is used for."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+    def serves(self, role: Role) -> bool:
+        """Return whether a worker of this role may do the work of ``role``."""
+        return self is Role.BOTH or self is role
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One running engine server.
+
+    Attributes:
+        name: Unique in its fleet.
+        url: ``http://host:port`` without a path.
+        engine: The name of a dialect: ``vllm``, ``sglang``, ``trtllm``.
+        role: What it is used for.
+        capacity: Requests it should be given at once.
+        labels: Free text for plugins: zone, hardware, revision.
+    """
+
+    name: str
+    url: str
+    engine: str
+    role: Role
+    capacity: int = 64
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What the gateway knows of a worker at this moment.
+
+    Attributes:
+        requests: Requests in flight through this gateway.
+        prompt_tokens: Their prompt tokens that are still being read (prefill work queued).
+        failures: Consecutive failures; 0 after a success.
+        healthy: False while the gateway keeps traffic away from it.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    failures: int = 0
+    healthy: bool = True
+
+
+IDLE = WorkerLoad()
+"""The load of a worker that nothing is known of."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """The workers of one deployment and their load, as the scheduler may see them."""
+
+    workers: Sequence[Worker]
+    loads: Mapping[str, WorkerLoad]
+
+    def load(self, worker: Worker) -> WorkerLoad:
+        """Return the load of ``worker``; an unknown worker is idle and healthy."""
+        return self.loads.get(worker.name, IDLE)
+
+    def serving(self, role: Role) -> tuple[Worker, ...]:
+        """Return the healthy workers that may do the work of ``role``."""
+        return tuple(
+            w for w in self.workers if w.role.serves(role) and self.load(w).healthy
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestProfile:
+    """What a scheduler may know before routing.
+
+    Attributes:
+        request_id: The gateway's id of the request.
+        endpoint: ``/v1/completions`` or ``/v1/chat/completions``.
+        model: The model named in the request.
+        prompt_tokens: Count of prompt tokens; an estimate unless ``prompt_tokens_exact``.
+        prompt_tokens_exact: Whether the count is exact (prompt given as token ids).
+        max_output_tokens: The output bound, or None when the request sets none.
+        stream: Whether the client asked for a stream.
+        unsplittable: Why this request cannot be split (``n > 1``, ...), or None.
+        prefix_hashes: Hashes of the prompt's leading pieces, longest last.
+        slo_class: The SLO class, or None.
+        tenant: The tenant, or None.
+        arrival_s: Arrival on the gateway's monotonic clock, in seconds.
+    """
+
+    request_id: str
+    endpoint: str
+    model: str
+    prompt_tokens: int
+    prompt_tokens_exact: bool = False
+    max_output_tokens: int | None = None
+    stream: bool = False
+    unsplittable: str | None = None
+    prefix_hashes: Sequence[str] = ()
+    slo_class: str | None = None
+    tenant: str | None = None
+    arrival_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """The whole request runs on one worker."""
+
+    decode: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Disaggregated:
+    """The prompt is read on ``prefill``, the answer written on ``decode``."""
+
+    prefill: Worker
+    decode: Worker
+
+
+Route = Local | Disaggregated
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A route and why it was chosen, in words for the per-request record."""
+
+    route: Route
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SplitDecision:
+    """Whether to split one request, and why."""
+
+    split: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The request is not taken now.
+
+    Attributes:
+        reason: Told to the client.
+        retry_after_s: Sent as ``Retry-After``.
+        status: HTTP status, 429 or 503.
+    """
+
+    reason: str
+    retry_after_s: float = 1.0
+    status: int = 503
+
+
+@dataclass(frozen=True, slots=True)
+class TransportCapabilities:
+    """What a transport can do, stated rather than guessed.
+
+    Attributes:
+        same_host: Works between two processes of one host.
+        cross_host: Works between hosts.
+        staging: The prefill side copies into a staging area that the peer reads.
+        one_sided: The peer reads without waking the publisher for each piece.
+        device_memory: Can read from or write to accelerator memory without host staging.
+    """
+
+    same_host: bool
+    cross_host: bool
+    staging: bool = True
+    one_sided: bool = False
+    device_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffPair:
+    """The two ends of a handoff as a transport chooser sees them.
+
+    Attributes:
+        same_host: Whether both ends run on one host and may share memory.
+        prefill_fingerprint: The model fingerprint of the prefill side, hexadecimal.
+        decode_fingerprint: The model fingerprint of the decode side, hexadecimal.
+        payload_bytes: Bytes to be moved.
+    """
+
+    same_host: bool
+    prefill_fingerprint: str
+    decode_fingerprint: str
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffEvent:
+    """One step of a handoff, for ``disagg_on_handoff``.
+
+    Attributes:
+        handoff_id: The handoff.
+        step: ``opened``, ``published``, ``claimed``, ``loaded``, ``consumed``, ``expired`` or
+            ``failed``.
+        at_s: Wall-clock time in seconds since the epoch.
+        detail: Numbers and words of the step (bytes, tokens, seconds, transport, problem).
+    """
+
+    handoff_id: HandoffId
+    step: str
+    at_s: float
+    detail: Mapping[str, str | int | float] = field(default_factory=dict)

@@ -1,0 +1,3 @@
+"""Cannot be imported, like a plugin whose dependency is missing."""
+
+import disagg_example_plugin.not_there  # noqa: F401

@@ -1,0 +1,251 @@
+"""Routes, as the built-in plugins and third parties make them together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disagg_plugins import hookimpl
+from disagg_plugins.errors import NoCapacityError
+from disagg_plugins.plugins import PluginHost
+from disagg_plugins.policy import Policy
+from disagg_plugins.scheduling.decision import Scheduler
+from disagg_plugins.types import (
+    Disaggregated,
+    FleetView,
+    Local,
+    Refusal,
+    RequestProfile,
+    Role,
+    SplitDecision,
+    Worker,
+    WorkerLoad,
+)
+
+LONG = RequestProfile("r1", "/v1/completions", "m", 900, prompt_tokens_exact=True)
+SHORT = RequestProfile("r2", "/v1/completions", "m", 9, prompt_tokens_exact=True)
+
+
+def workers(**roles):
+    return tuple(
+        Worker(name, f"http://127.0.0.1:{9000 + i}", "vllm", Role(role), capacity=4)
+        for i, (name, role) in enumerate(roles.items())
+    )
+
+
+TWO_BY_TWO = workers(p1="prefill", p2="prefill", d1="decode", d2="decode")
+
+
+@pytest.fixture
+def scheduler():
+    hosts = []
+
+    def make(builtins=True, weights=None, **hooks):
+        plugins = [
+            (name, SimpleNamespace(**{hook: hookimpl(f) for hook, f in functions.items()}))
+            for name, functions in hooks.items()
+        ]
+        policy = Policy.model_validate(
+            {
+                "fleet": {"workers": [{"name": "d", "url": "http://127.0.0.1:1", "role": "both"}]},
+                "scheduler": {"weights": weights or {}},
+                "plugins": {"deadline_s": 10},
+            }
+        )
+        host = PluginHost.load(
+            policy.plugins, builtins=builtins, entry_points=False, extra=plugins
+        )
+        hosts.append(host)
+        return Scheduler(host, policy)
+
+    yield make
+    for host in hosts:
+        host.close()
+        assert host.counts == {}
+
+
+def names(decision):
+    route = decision.route
+    if isinstance(route, Local):
+        return (route.decode.name,)
+    return (route.prefill.name, route.decode.name)
+
+
+def test_a_long_prompt_is_split_and_a_short_one_stays(scheduler):
+    decider = scheduler()
+    fleet = FleetView(TWO_BY_TWO, {})
+    long, short = decider.decide(LONG, fleet), decider.decide(SHORT, fleet)
+    assert isinstance(long.route, Disaggregated)
+    assert long.route.prefill.role is Role.PREFILL
+    assert long.route.decode.role is Role.DECODE
+    assert long.reason == "900 prompt tokens, at least 256"
+    assert isinstance(short.route, Local)
+    assert short.route.decode.role is Role.DECODE
+
+
+def test_equal_workers_share_in_turn(scheduler):
+    decider = scheduler()
+    routes = Counter(names(decider.decide(LONG, FleetView(TWO_BY_TWO, {}))) for _ in range(100))
+    assert sum(n for route, n in routes.items() if route[0] == "p1") == 50
+    assert sum(n for route, n in routes.items() if route[1] == "d1") == 50
+
+
+def test_the_less_loaded_worker_of_each_role_is_chosen(scheduler):
+    loads = {"p1": WorkerLoad(prompt_tokens=500), "d2": WorkerLoad(requests=1)}
+    for _ in range(3):
+        decision = scheduler().decide(LONG, FleetView(TWO_BY_TWO, loads))
+        assert names(decision) == ("p2", "d1")
+
+
+def test_sick_workers_get_nothing(scheduler):
+    loads = {"p1": WorkerLoad(healthy=False), "d1": WorkerLoad(healthy=False)}
+    assert names(scheduler().decide(LONG, FleetView(TWO_BY_TWO, loads))) == ("p2", "d2")
+
+
+def test_without_a_healthy_prefill_worker_a_request_stays_local(scheduler):
+    loads = {name: WorkerLoad(healthy=False) for name in ("p1", "p2")}
+    decision = scheduler().decide(LONG, FleetView(TWO_BY_TWO, loads))
+    assert isinstance(decision.route, Local)
+    assert "no healthy prefill worker" in decision.reason
+
+
+def test_with_a_full_prefill_pool_a_request_stays_local_and_the_rule_is_named(scheduler):
+    loads = {name: WorkerLoad(requests=4) for name in ("p1", "p2")}
+    decision = scheduler().decide(LONG, FleetView(TWO_BY_TWO, loads))
+    assert isinstance(decision.route, Local)
+    assert decision.reason == "no prefill worker left by capacity"
+
+
+def test_a_full_fleet_refuses_with_the_plugins_words(scheduler):
+    loads = {name: WorkerLoad(requests=4) for name in ("d1", "d2")}
+    with pytest.raises(NoCapacityError, match="at capacity: 8 requests") as caught:
+        scheduler().decide(LONG, FleetView(TWO_BY_TWO, loads))
+    assert caught.value.status == 429
+    assert caught.value.retry_after_s > 0
+
+
+def test_a_third_party_refuses_for_everybody(scheduler):
+    decider = scheduler(
+        mine={"disagg_select_admission": lambda: Refusal("closed on Sundays", 60, status=503)}
+    )
+    with pytest.raises(NoCapacityError, match="closed on Sundays") as caught:
+        decider.decide(LONG, FleetView(TWO_BY_TWO, {}))
+    assert caught.value.retry_after_s == 60
+
+
+def test_what_cannot_be_split_is_not_even_when_a_plugin_wants_it(scheduler):
+    decider = scheduler(mine={"disagg_select_split": lambda: SplitDecision(True, "always")})
+    profile = RequestProfile("r", "/v1/completions", "m", 900, unsplittable="n is 2")
+    decision = decider.decide(profile, FleetView(TWO_BY_TWO, {}))
+    assert isinstance(decision.route, Local)
+    assert "n is 2" in decision.reason
+
+
+def test_one_worker_for_everything_never_hands_over_to_itself(scheduler):
+    decision = scheduler().decide(LONG, FleetView(workers(w="both"), {}))
+    assert names(decision) == ("w",)
+    assert "both phases" in decision.reason
+
+
+def test_two_idle_workers_for_everything_share_a_request(scheduler):
+    decider = scheduler()
+    for _ in range(5):
+        assert len(names(decider.decide(LONG, FleetView(workers(v="both", w="both"), {})))) == 2
+
+
+def test_filters_intersect_and_an_empty_rest_names_who_filtered(scheduler):
+    def without(name):
+        return {"disagg_filter_workers": lambda workers: [w for w in workers if w.name != name]}
+
+    decider = scheduler(x=without("d1"), y=without("p1"))
+    assert names(decider.decide(LONG, FleetView(TWO_BY_TWO, {}))) == ("p2", "d2")
+    decider = scheduler(x=without("d1"), y=without("d2"))
+    with pytest.raises(NoCapacityError, match="no decode worker left by x, y"):
+        decider.decide(LONG, FleetView(TWO_BY_TWO, {}))
+
+
+@pytest.mark.parametrize(("weight", "chosen"), [(0, "d1"), (0.1, "d1"), (100, "d2")])
+def test_scores_weigh_as_the_policy_says(scheduler, weight, chosen):
+    decider = scheduler(
+        weights={"mine": weight},
+        mine={"disagg_score_workers": lambda workers: {w.name: w.name == "d2" and 1.0 or 0.0
+                                                       for w in workers}},
+    )
+    loads = {"d2": WorkerLoad(requests=3)}
+    assert names(decider.decide(SHORT, FleetView(TWO_BY_TWO, loads))) == (chosen,)
+
+
+def test_a_worker_chosen_by_a_plugin_wins_over_scores(scheduler):
+    decider = scheduler(mine={"disagg_select_worker": lambda scored: max(scored)})
+    for _ in range(3):
+        assert names(decider.decide(LONG, FleetView(TWO_BY_TWO, {}))) == ("p2", "d2")
+
+
+def test_without_any_plugin_requests_are_served_locally_in_turn(scheduler):
+    decider = scheduler(builtins=False)
+    decisions = [decider.decide(LONG, FleetView(TWO_BY_TWO, {})) for _ in range(4)]
+    assert [names(d) for d in decisions] == [("d1",), ("d2",), ("d1",), ("d2",)]
+    assert decisions[0].reason == "no plugin asked for a split"
+
+
+def test_the_end_of_a_request_and_the_queue_reach_plugins(scheduler):
+    seen = []
+    decider = scheduler(
+        mine={
+            "disagg_on_request_end": lambda record: seen.append(record["request_id"]),
+            "disagg_score_queue": lambda profile: 0.75,
+        }
+    )
+    decider.request_ended({"request_id": "r1"})
+    assert seen == ["r1"]
+    assert decider.queue_score(LONG) == 0.75
+
+
+def test_workers_that_left_are_forgotten(scheduler):
+    decider = scheduler()
+    for i in range(200):
+        decider.decide(SHORT, FleetView(workers(**{f"d{i}": "decode"}), {}))
+    assert len(decider._last_turn) <= 4
+
+
+LOAD = st.builds(
+    WorkerLoad,
+    requests=st.integers(0, 6),
+    prompt_tokens=st.integers(0, 5000),
+    healthy=st.booleans(),
+)
+FLEETS = st.lists(st.tuples(st.sampled_from(list(Role)), LOAD), max_size=6)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(FLEETS, st.sampled_from([LONG, SHORT]))
+def test_every_route_is_possible_and_every_refusal_has_a_reason(fleet, profile):
+    members = tuple(
+        Worker(f"w{i}", f"http://127.0.0.1:{i + 1}", "vllm", role, 4)
+        for i, (role, _) in enumerate(fleet)
+    )
+    loads = {f"w{i}": load for i, (_, load) in enumerate(fleet)}
+    view = FleetView(members, loads)
+    policy = Policy.model_validate(
+        {"fleet": {"workers": [{"name": "d", "url": "http://127.0.0.1:1", "role": "both"}]}}
+    )
+    with PluginHost.load(policy.plugins, entry_points=False) as host:
+        decider = Scheduler(host, policy)
+        room = [w for w in view.serving(Role.DECODE) if loads[w.name].requests < 4]
+        if not room:
+            with pytest.raises(NoCapacityError, match="decode worker"):
+                decider.decide(profile, view)
+            return
+        decision = decider.decide(profile, view)
+        assert decision.reason
+        assert decision.route.decode in room
+        if isinstance(decision.route, Disaggregated):
+            prefill = decision.route.prefill
+            assert profile is LONG
+            assert prefill in view.serving(Role.PREFILL)
+            assert prefill.name != decision.route.decode.name
+        assert host.counts == {}

@@ -1,0 +1,78 @@
+"""What the parts of a policy mean together."""
+
+from __future__ import annotations
+
+import pytest
+
+from disagg_plugins.policy import Policy
+from disagg_plugins.policy_advice import advice, can_split, explain
+
+P = {"name": "p", "url": "http://127.0.0.1:9001", "role": "prefill"}
+D = {"name": "d", "url": "http://127.0.0.1:9002", "role": "decode"}
+B = {"name": "b", "url": "http://127.0.0.1:9003", "role": "both"}
+
+
+def policy(*workers, **sections):
+    return Policy.model_validate({"fleet": {"workers": list(workers)}, **sections})
+
+
+@pytest.fixture
+def warned(monkeypatch, tmp_path):
+    monkeypatch.setenv("DISAGG_SECRET", "0123456789abcdef")
+    return lambda *workers, **sections: "\n".join(advice(policy(*workers, **sections), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("workers", "possible"),
+    [([P, D], True), ([P, B], True), ([B, D], True), ([D], False), ([B], False)],
+)
+def test_a_split_needs_two_workers(workers, possible):
+    assert can_split(policy(*workers)) is possible
+
+
+def test_a_fleet_that_cannot_split_is_warned_of(warned):
+    assert "no request will be split" in warned(D)
+    assert "nothing is split" in warned(B)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"gateway": {"host": "0.0.0.0"}}, "gateway.host is 0.0.0.0"),
+        ({"handoff": {"listen_host": "10.0.0.1"}}, "nothing is encrypted"),
+        ({"handoff": {"ticket_s": 5}}, "void ticket"),
+    ],
+)
+def test_risky_settings_are_warned_of(warned, section, words):
+    assert words in warned(P, D, **section)
+
+
+def test_two_models_in_one_fleet_are_warned_of(warned):
+    text = warned({**P, "launch": {"model": "m1"}}, {**D, "launch": {"model": "m2"}})
+    assert "m1, m2" in text
+
+
+def test_a_policy_is_explained_in_words():
+    text = explain(
+        policy(
+            {**P, "launch": {"model": "m1", "cpus": [0, 1]}},
+            D,
+            scheduler={"split": {"min_prompt_tokens": 300}, "weights": {"mine": 2}},
+            plugins={"disabled": ["other"]},
+            secret={"file": "secret.txt"},
+        )
+    )
+    for words in (
+        "127.0.0.1:8000",
+        "Worker p (vllm at http://127.0.0.1:9001) reads prompts",
+        "starts it with m1 on CPUs 0, 1",
+        "at least 300 tokens",
+        "shm, else tcp",
+        "512 MiB",
+        "file secret.txt",
+        "plugin mine weigh 2",
+        "Not loaded: other",
+        "50 ms a call",
+    ):
+        assert words in text, words
+    assert "No request is split" in explain(policy(D))
