@@ -79,7 +79,7 @@ def make_worker_side(
             if sides:
                 sides[0].publication_ended(event.handoff_id)
         if tp_rank == 0 and event.step in ("published", *ENDS):
-            reporter.send(_publisher_report(event, tp_size))
+            reporter.send(_publisher_report(event, layout, tp_size))
 
     store = PublicationStore(
         identity=identity,
@@ -219,12 +219,16 @@ def _listen(
     return listeners, addresses
 
 
-def _publisher_report(event: HandoffEvent, tp_size: int) -> dict[str, Any]:
+def _publisher_report(event: HandoffEvent, layout: KVLayout, tp_size: int) -> dict[str, Any]:
     report: dict[str, Any] = {"handoff_id": event.handoff_id}
     if event.step == "published":
-        report.update(kind="published", **event.detail)
-        if isinstance(staged := event.detail.get("bytes"), int):
-            report["bytes"] = staged * tp_size
+        num_tokens = int(event.detail.get("tokens", 0))
+        report.update(
+            kind="published",
+            num_tokens=num_tokens,
+            bytes=layout.staged_bytes(num_tokens) * tp_size,
+            seconds=event.detail.get("seconds", 0.0),
+        )
     else:
         report.update(kind="ended", outcome=event.step)
         if "problem" in event.detail:

@@ -6,6 +6,7 @@ Imports vLLM; loaded inside the engine only.
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
@@ -137,3 +138,15 @@ def model_folder(vllm_config: Any) -> str:
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError):
         return model
+
+
+def join_engine_log() -> None:
+    """Send what this project logs where vLLM's own lines go; idempotent."""
+    engine = logging.getLogger("vllm")
+    for name in ("disagg_plugins", "disagg_vllm", "disagg_kv_shm", "disagg_kv_tcp"):
+        ours = logging.getLogger(name)
+        if engine.handlers and not ours.handlers:
+            for handler in engine.handlers:
+                ours.addHandler(handler)
+            ours.setLevel(engine.getEffectiveLevel())
+            ours.propagate = False

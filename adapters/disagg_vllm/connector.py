@@ -15,7 +15,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
-from vllm.logger import init_logger
 
 from disagg_plugins.handoff.tickets import verify
 from disagg_plugins.types import HandoffId
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from disagg_vllm.worker_side import WorkerSide
-
-logger = init_logger(__name__)
 
 
 class StepMetadata(KVConnectorMetadata):
@@ -78,6 +75,7 @@ class DisaggConnector(KVConnectorBase_V1):
         kv_cache_config: KVCacheConfig,
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        compat.join_engine_log()
         compat.check_supported(vllm_config, kv_cache_config)
         config = self._kv_transfer_config
         self._settings: Settings = read_settings(config.kv_connector_extra_config)

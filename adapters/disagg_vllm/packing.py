@@ -47,11 +47,11 @@ class Packing:
 
     def unpack(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Return plain rows for packed rows, both of shape ``(n, 2 * block_size * head_dim)``."""
-        return rows[:, self.packed_index]
+        return np.take(rows, self.packed_index, axis=1)
 
     def pack(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Return packed rows for plain rows, both of shape ``(n, 2 * block_size * head_dim)``."""
-        return rows[:, self.plain_index]
+        return np.take(rows, self.plain_index, axis=1)
 
 
 def packing_from_index(isa: str, plain_index: NDArray[np.int64]) -> Packing:

@@ -240,7 +240,7 @@ class Exchange:
 
     def _stream_end(self, sse: SseObserver) -> None:
         if not sse.done:
-            detail = "the worker ended the stream without [DONE]"
+            detail = "the worker ended the stream before its end mark"
             self._do(self._flow.on(f.DecodeFailed("truncated", detail)))
             return
         if sse.held:

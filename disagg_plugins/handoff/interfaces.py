@@ -10,9 +10,10 @@ so; time-outs come from the policy.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 Form = Literal["native", "canonical"]
 """``native``: whole block rows as staged (equal layouts). ``canonical``: see ``layouts.py``."""
+
+
+Place = Callable[[int], Sequence[memoryview] | None]
+"""Layer -> writable views that its bytes fill, in order; None: none, yield them."""
 
 
 class Outcome(StrEnum):
@@ -102,16 +107,26 @@ class Channel(Protocol):
         first_head: int,
         end_head: int,
         form: Form | None = None,
+        place: Place | None = None,
     ) -> Iterator[tuple[int, memoryview]]:
         """Yield ``(layer, bytes)`` for every layer of the publisher, in order.
 
         Waits for layers that are still being computed. Native form: whole block rows of the
         blocks that cover ``[first_token, end_token)``, ``first_token`` on a block boundary, all
         heads; bytes of shape ``(blocks * row_bytes,)``, one layer perhaps in several pieces of
-        whole rows. Canonical form: ``[2, tokens, heads,
-        head_dim]`` for exactly the asked tokens and global heads. A view is valid until the next
-        item is asked for: copy from it, do not keep it. ``form`` None is the offered one;
-        ``canonical`` may always be asked for, ``native`` only where it was offered.
+        whole rows. Canonical form: ``[2, tokens, heads, head_dim]`` for exactly the asked tokens
+        and global heads. A view is valid until the next item is asked for: copy from it, do not
+        keep it.
+
+        Args:
+            first_token: First token.
+            end_token: End of the half-open range.
+            first_head: First global KV head.
+            end_head: End of the half-open range of heads.
+            form: None is the offered one; ``canonical`` may always be asked for, ``native`` only
+                where it was offered.
+            place: Where a transport that receives bytes may put a layer's; then the layer is
+                yielded once, with an empty view. Transports that share memory do not ask.
         """
         ...
 
@@ -210,6 +225,26 @@ class Sink(Protocol):
             first_head: First global KV head in ``kv``.
             end_head: End of the global head range.
             kv: uint8 bytes of ``[2, tokens, end_head - first_head, head_dim]`` elements.
+        """
+        ...
+
+
+@runtime_checkable
+class DirectSink(Sink, Protocol):
+    """A sink that lets a transport receive block rows straight into the engine's memory.
+
+    Saves one copy over tcp. Rows that a failed load has half written are the engine's to discard,
+    as with every sink.
+    """
+
+    def native_targets(
+        self, layer: int, first_block: int, num_blocks: int
+    ) -> Sequence[memoryview] | None:
+        """Return where rows ``[first_block, first_block + num_blocks)`` of the request belong.
+
+        Returns:
+            Writable contiguous uint8 views that hold the rows in order, together exactly
+            ``num_blocks * row_bytes``; None to get them through ``write_native``.
         """
         ...
 

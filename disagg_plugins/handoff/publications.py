@@ -396,7 +396,12 @@ class PublicationStore:
                 self.arena.free(publication.offset)
                 self._freed.notify_all()
         if step is not None:
-            self._tell(publication.handoff_id, step, tokens=publication.num_tokens)
+            self._tell(
+                publication.handoff_id,
+                step,
+                tokens=publication.num_tokens,
+                seconds=time.monotonic() - publication.opened_s,
+            )
         if ended:
             self._tell(
                 publication.handoff_id,

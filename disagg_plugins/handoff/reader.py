@@ -7,53 +7,34 @@ still alive when reading was done. Anything else raises, and the engine computes
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from disagg_plugins.errors import (
-    DisaggError,
-    HandoffAborted,
-    HandoffTimeout,
-    LocalProtocolError,
-    RemoteProtocolError,
-    TransportError,
-)
+from disagg_plugins.errors import LocalProtocolError, TransportError
 from disagg_plugins.handoff.endpoints import check_complete, local_host_id
-from disagg_plugins.handoff.frames import MAX_DATA_BYTES
-from disagg_plugins.handoff.interfaces import Endpoint, Form, Identity, LoadReport, Outcome
+from disagg_plugins.handoff.interfaces import (
+    Endpoint,
+    Identity,
+    LoadReport,
+    Outcome,
+)
+from disagg_plugins.handoff.load import Load, Part
 from disagg_plugins.handoff.pool import ChannelPool
 from disagg_plugins.handoff.shards import Source, sources_of
 from disagg_plugins.types import HandoffEvent, HandoffId, HandoffPair
 
 if TYPE_CHECKING:
-    from disagg_plugins.handoff.interfaces import Channel, Offer, Sink, Transport
+    from disagg_plugins.handoff.interfaces import Channel, Sink, Transport
     from disagg_plugins.policy import HandoffPolicy
 
 logger = logging.getLogger(__name__)
 
-READ_BYTES = 16 << 20
-"""Aim for the bytes of one layer in one READ; bounds the receive buffer of long prompts."""
-
 Choose = Callable[[HandoffPair, Sequence[str]], str]
 """Picks one of the transports that both sides can speak, given in the policy's order."""
-
-
-@dataclass(slots=True)
-class _Part:
-    """One prefill rank's share of a load."""
-
-    source: Source
-    endpoint: Endpoint
-    channel: Channel
-    key: tuple[str, str]
-    offer: Offer
-    ended: bool = False
 
 
 class HandoffReader:
@@ -127,33 +108,44 @@ class HandoffReader:
         if not 0 <= first_token < end_token:
             raise LocalProtocolError(f"tokens [{first_token}, {end_token}) cannot be loaded")
         check_complete(endpoints)
-        parts: list[_Part] = []
+        load = Load(
+            handoff_id,
+            ticket,
+            self._identity.layout,
+            first_token,
+            end_token,
+            sink,
+            self._policy.load_s,
+            started_s,
+        )
         try:
-            payload_bytes, form = self._load_parts(
-                parts, ticket, endpoints, first_token, end_token, sink, started_s
-            )
+            for source in self._sources(endpoints):
+                endpoint = endpoints[source.tp_rank]
+                num_tokens = end_token - first_token
+                load.add(self._claim(source, endpoint, ticket, load.deadline_s, num_tokens))
+            load.read_all()
         except BaseException as exc:
-            self._give_up(parts, exc)
+            load.give_up(exc)
             self._tell(handoff_id, "failed", problem=str(exc)[:1024])
             raise
-        for part in parts:
+        for part in load.parts:
             self._pool.give(part.key, part.channel)
         report = LoadReport(
             HandoffId(handoff_id),
-            "+".join(sorted({part.key[0] for part in parts})),
-            form,
+            "+".join(sorted({part.key[0] for part in load.parts})),
+            load.form,
             end_token - first_token,
-            payload_bytes,
+            load.payload_bytes,
             time.monotonic() - started_s,
         )
         self._tell(
             handoff_id,
             "loaded",
             tokens=report.num_tokens,
-            bytes=payload_bytes,
+            bytes=report.payload_bytes,
             seconds=report.seconds,
             transport=report.transport,
-            form=form,
+            form=report.form,
         )
         return report
 
@@ -174,12 +166,7 @@ class HandoffReader:
         check_complete(endpoints)
         deadline_s = time.monotonic() + self._policy.load_s
         outcome = Outcome.FAILED if failed else Outcome.CONSUMED
-        for source in sources_of(
-            self._identity.tp_rank,
-            decode_size=self._identity.tp_size,
-            prefill_size=len(endpoints),
-            num_kv_heads=self._identity.layout.num_kv_heads,
-        ):
+        for source in self._sources(endpoints):
             part = self._claim(source, endpoints[source.tp_rank], ticket, deadline_s, 1)
             try:
                 part.channel.end(outcome, failed)
@@ -193,42 +180,17 @@ class HandoffReader:
         """Close the idle channels; loads that still run close theirs when they end."""
         self._pool.close()
 
-    def _load_parts(
-        self,
-        parts: list[_Part],
-        ticket: str,
-        endpoints: Sequence[Endpoint],
-        first_token: int,
-        end_token: int,
-        sink: Sink,
-        started_s: float,
-    ) -> tuple[int, Form]:
-        deadline_s = started_s + self._policy.load_s
-        sources = sources_of(
+    def _sources(self, endpoints: Sequence[Endpoint]) -> tuple[Source, ...]:
+        return sources_of(
             self._identity.tp_rank,
             decode_size=self._identity.tp_size,
             prefill_size=len(endpoints),
             num_kv_heads=self._identity.layout.num_kv_heads,
         )
-        for source in sources:
-            part = self._claim(source, endpoints[source.tp_rank], ticket, deadline_s, end_token)
-            parts.append(part)
-            self._check_offer(part, end_token)
-        payload_bytes = 0
-        forms: set[Form] = set()
-        for part in parts:
-            if part.source.first_head < part.source.end_head:
-                form = self._form(part.offer, first_token)
-                forms.add(form)
-                payload_bytes += self._read(part, form, first_token, end_token, sink, deadline_s)
-        for part in parts:
-            part.channel.end(Outcome.CONSUMED)
-            part.ended = True
-        return payload_bytes, "native" if forms == {"native"} else "canonical"
 
     def _claim(
         self, source: Source, endpoint: Endpoint, ticket: str, deadline_s: float, num_tokens: int
-    ) -> _Part:
+    ) -> Part:
         """Claim at one rank; a kept channel that turns out dead is replaced once."""
         names = self._ordered(endpoint, num_tokens)
         last: TransportError | None = None
@@ -237,7 +199,7 @@ class HandoffReader:
             kept = self._pool.take(key)
             if kept is not None:
                 try:
-                    return self._claim_on(kept, key, source, endpoint, ticket, deadline_s)
+                    return self._claim_on(kept, key, source, ticket, deadline_s)
                 except TransportError as exc:
                     logger.info("a kept channel was dead, connecting anew: %s", exc)
             try:
@@ -250,24 +212,23 @@ class HandoffReader:
                     self._fallbacks[name] += 1
                 logger.warning("transport %s cannot connect: %s", name, exc)
                 continue
-            return self._claim_on(channel, key, source, endpoint, ticket, deadline_s)
-        raise last or TransportError("+".join(names) or "none", "no transport could connect")
+            return self._claim_on(channel, key, source, ticket, deadline_s)
+        raise last or TransportError("+".join(names), "no transport could connect")
 
     def _claim_on(
         self,
         channel: Channel,
         key: tuple[str, str],
         source: Source,
-        endpoint: Endpoint,
         ticket: str,
         deadline_s: float,
-    ) -> _Part:
+    ) -> Part:
         try:
             offer = channel.claim(ticket, within_s=deadline_s - time.monotonic())
         except BaseException:
             channel.close()
             raise
-        return _Part(source, endpoint, channel, key, offer)
+        return Part(source, channel, key, offer)
 
     def _ordered(self, endpoint: Endpoint, num_tokens: int) -> list[str]:
         """Return the usable transports, the chosen one first."""
@@ -305,83 +266,6 @@ class HandoffReader:
         capabilities = self._transports[name].capabilities
         return capabilities.same_host if same_host else capabilities.cross_host
 
-    def _check_offer(self, part: _Part, end_token: int) -> None:
-        offer, source = part.offer, part.source
-        if offer.num_tokens < end_token:
-            raise HandoffAborted(
-                "of this load",
-                f"the publisher has {offer.num_tokens} tokens, {end_token} were asked for",
-            )
-        end_head = offer.layout.head_start + offer.layout.num_kv_heads_local
-        if not offer.layout.head_start <= source.first_head <= source.end_head <= end_head:
-            raise RemoteProtocolError(
-                f"prefill rank {source.tp_rank} holds heads [{offer.layout.head_start}, "
-                f"{end_head}), expected [{source.first_head}, {source.end_head}) among them"
-            )
-
-    def _form(self, offer: Offer, first_token: int) -> Form:
-        aligned = first_token % self._identity.layout.block_size_tokens == 0
-        return offer.form if aligned else "canonical"
-
-    def _read(
-        self,
-        part: _Part,
-        form: Form,
-        first_token: int,
-        end_token: int,
-        sink: Sink,
-        deadline_s: float,
-    ) -> int:
-        block_tokens = self._identity.layout.block_size_tokens
-        payload_bytes = 0
-        step = self._tokens_per_read(part, form)
-        while first_token < end_token:
-            piece_end = min(end_token, (first_token // block_tokens) * block_tokens + step)
-            items = part.channel.read(
-                first_token=first_token,
-                end_token=piece_end,
-                first_head=part.source.first_head,
-                end_head=part.source.end_head,
-                form=form,
-            )
-            layer_at, block = -1, 0
-            for layer, data in items:
-                payload_bytes += len(data)
-                if layer != layer_at:
-                    layer_at, block = layer, first_token // block_tokens
-                if form == "native":
-                    sink.write_native(layer, block, data)
-                    block += len(data) // part.offer.layout.row_bytes
-                else:
-                    sink.write_canonical(
-                        layer, first_token, part.source.first_head, part.source.end_head, data
-                    )
-                if time.monotonic() >= deadline_s:
-                    raise HandoffTimeout(
-                        "of this load",
-                        "end of the load",
-                        setting="handoff.load_s",
-                        timeout_s=self._policy.load_s,
-                    )
-            first_token = piece_end
-        return payload_bytes
-
-    def _tokens_per_read(self, part: _Part, form: Form) -> int:
-        """Return how many tokens, in whole blocks, one READ asks for."""
-        layout = self._identity.layout
-        heads = part.source.end_head - part.source.first_head
-        bound = MAX_DATA_BYTES if form == "native" and _in_place(part.channel) else READ_BYTES
-        blocks = bound // layout.canonical_bytes(layout.block_size_tokens, heads)
-        return max(1, blocks) * layout.block_size_tokens
-
-    def _give_up(self, parts: list[_Part], exc: BaseException) -> None:
-        """Tell every publisher that still waits; whatever does not answer is closed."""
-        for part in parts:
-            if not part.ended:
-                with contextlib.suppress(DisaggError):
-                    part.channel.end(Outcome.FAILED, f"{type(exc).__name__}: {exc}")
-            part.channel.close()
-
     def _tell(self, handoff_id: str, step: str, **detail: str | int | float) -> None:
         if self._on_event is None:
             return
@@ -389,7 +273,3 @@ class HandoffReader:
             self._on_event(HandoffEvent(HandoffId(handoff_id), step, time.time(), detail))
         except Exception:
             logger.exception("on_event failed at step %s of handoff %s", step, handoff_id)
-
-
-def _in_place(channel: Channel) -> bool:
-    return bool(getattr(channel, "passes_memory", False))

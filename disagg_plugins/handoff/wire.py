@@ -15,9 +15,16 @@ import select
 import socket
 import struct
 import time
+from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import RemoteProtocolError, TransportError
 from disagg_plugins.handoff.frames import HEADER_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+IOV_VIEWS = 256
+"""Buffers handed to one ``recvmsg``; Linux takes at most 1024 (UIO_MAXIOV)."""
 
 _TIMEVAL = struct.Struct("@ll")
 _FD_BYTES = array.array("i").itemsize
@@ -104,6 +111,26 @@ class Wire:
                 raise PeerGone(self.transport, "the peer closed the connection")
             got += count
             if got < wanted:
+                self._check_deadline("sending")
+
+    def receive_scattered(self, views: Sequence[memoryview]) -> None:
+        """Fill ``views`` completely, one after the other."""
+        rest = [view for view in views if len(view)]
+        while rest:
+            try:
+                count = self.sock.recvmsg_into(rest[:IOV_VIEWS], 0, socket.MSG_WAITALL)[0]
+            except OSError as exc:
+                raise self._translate(exc, "sending") from exc
+            if count == 0:
+                raise PeerGone(self.transport, "the peer closed the connection")
+            full = 0
+            while full < len(rest) and count >= len(rest[full]):
+                count -= len(rest[full])
+                full += 1
+            del rest[:full]
+            if count:
+                rest[0] = rest[0][count:]
+            if rest:
                 self._check_deadline("sending")
 
     def receive_header(self) -> bytearray:

@@ -107,6 +107,12 @@ class CopySink:
         for offset in range(0, len(rows), size):
             target[start + offset : start + offset + size] = rows[offset : offset + size]
 
+    def native_targets(self, layer: int, first_block: int, num_blocks: int) -> list[memoryview]:
+        """Return where the rows belong, for transports that receive bytes."""
+        size, target = self.block_bytes, self.target
+        start = layer * self.layer_bytes + first_block * size
+        return [target[o : o + size] for o in range(start, start + num_blocks * size, size)]
+
     def write_canonical(self, *_: object) -> None:
         """Refuse: the layouts are equal here."""
         raise RuntimeError("canonical bytes between equal layouts")

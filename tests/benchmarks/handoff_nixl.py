@@ -31,9 +31,7 @@ class Agent:
         else:
             self.buffer[:] = 255
         self.address = self.buffer.ctypes.data
-        registered = self.agent.get_reg_descs(
-            [(self.address, payload_bytes, 0, "")], "DRAM"
-        )
+        registered = self.agent.get_reg_descs([(self.address, payload_bytes, 0, "")], "DRAM")
         self.agent.register_memory(registered)
         metadata = self.agent.get_agent_metadata()
         return {"metadata": base64.b64encode(metadata).decode(), "address": self.address}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+
 from disagg_plugins.launch.guard import CANNOT_START, parse_cpus
 
 pytestmark = pytest.mark.skipif(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.launch.interfaces import LaunchCommand
 from disagg_plugins.launch.local import LocalFleet, WorkerFailed, healthy, tail_of

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import disagg_vllm.checks
 import pytest
+
+import disagg_vllm.checks
 from disagg_plugins import __version__
 from disagg_plugins.cli.checks import CheckContext, Level
 from disagg_plugins.errors import ConfigError

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.policy import Policy
 from disagg_vllm.launcher import VllmLauncher, tensor_parallel_size, threads_bind

@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+
 from disagg_vllm import plugin
 
 FACTORY_MODULE = "vllm.distributed.kv_transfer.kv_connector.factory"

@@ -1,0 +1,192 @@
+"""One load: the claims that one decode rank holds, and the reading of their rows into a sink."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from disagg_plugins.errors import (
+    DisaggError,
+    HandoffAborted,
+    HandoffTimeout,
+    RemoteProtocolError,
+)
+from disagg_plugins.handoff.frames import MAX_DATA_BYTES
+from disagg_plugins.handoff.interfaces import DirectSink, Form, Outcome
+
+if TYPE_CHECKING:
+    from disagg_plugins.handoff.interfaces import Channel, Offer, Place, Sink
+    from disagg_plugins.handoff.layouts import KVLayout
+    from disagg_plugins.handoff.shards import Source
+
+READ_BYTES = 16 << 20
+"""Aim for the bytes of one layer in one READ; bounds the receive buffer of long prompts."""
+
+
+@dataclass(slots=True)
+class Part:
+    """One prefill rank's share of a load, claimed.
+
+    Attributes:
+        source: The rank and the heads to read.
+        channel: Where it is claimed.
+        key: Transport name and address.
+        offer: What the publisher answered.
+        ended: Whether the publisher has confirmed the end.
+    """
+
+    source: Source
+    channel: Channel
+    key: tuple[str, str]
+    offer: Offer
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class Load:
+    """What is asked for, and how far it has come. Used by one thread.
+
+    Attributes:
+        handoff_id: Named in errors.
+        ticket: The signed text.
+        layout: Of this decode rank.
+        first_token: First token to load.
+        end_token: End of the half-open range.
+        sink: Where the bytes go.
+        load_s: Bound on the whole load; counted from ``started_s``.
+        started_s: Monotonic time.
+    """
+
+    handoff_id: str
+    ticket: str
+    layout: KVLayout
+    first_token: int
+    end_token: int
+    sink: Sink
+    load_s: float
+    started_s: float
+    parts: list[Part] = field(default_factory=list)
+    payload_bytes: int = 0
+    form: Form = "native"
+
+    @property
+    def deadline_s(self) -> float:
+        """Monotonic time at which the whole load is given up."""
+        return self.started_s + self.load_s
+
+    def add(self, part: Part) -> None:
+        """Take over a claimed part, then look at what it offers.
+
+        Raises:
+            HandoffAborted: The publisher has fewer tokens than are asked for.
+            RemoteProtocolError: The rank holds other heads than its number says.
+        """
+        self.parts.append(part)
+        offer, source = part.offer, part.source
+        if offer.num_tokens < self.end_token:
+            raise HandoffAborted(
+                self.handoff_id,
+                f"the publisher has {offer.num_tokens} tokens, {self.end_token} were asked for",
+            )
+        end_head = offer.layout.head_start + offer.layout.num_kv_heads_local
+        if not offer.layout.head_start <= source.first_head <= source.end_head <= end_head:
+            raise RemoteProtocolError(
+                f"prefill rank {source.tp_rank} holds heads [{offer.layout.head_start}, "
+                f"{end_head}), expected [{source.first_head}, {source.end_head}) among them"
+            )
+
+    def read_all(self) -> None:
+        """Read every part into the sink, then make every publisher confirm the end."""
+        for part in self.parts:
+            if part.source.first_head < part.source.end_head:
+                self._read_part(part)
+        for part in self.parts:
+            self._check_time()
+            part.channel.end(Outcome.CONSUMED)
+            part.ended = True
+
+    def give_up(self, exc: BaseException) -> None:
+        """Tell every publisher that still waits; close every channel."""
+        for part in self.parts:
+            if not part.ended:
+                with contextlib.suppress(DisaggError):
+                    part.channel.end(Outcome.FAILED, f"{type(exc).__name__}: {exc}")
+            part.channel.close()
+
+    def _read_part(self, part: Part) -> None:
+        block_tokens = self.layout.block_size_tokens
+        aligned = self.first_token % block_tokens == 0
+        form: Form = part.offer.form if aligned else "canonical"
+        if form == "canonical":
+            self.form = form
+        step = self._tokens_per_read(part, form)
+        first = self.first_token
+        while first < self.end_token:
+            end = min(self.end_token, first // block_tokens * block_tokens + step)
+            if form == "native":
+                self._read_native(part, first, end)
+            else:
+                self._read_canonical(part, first, end)
+            first = end
+
+    def _read_native(self, part: Part, first_token: int, end_token: int) -> None:
+        layout = self.layout
+        first_block = first_token // layout.block_size_tokens
+        num_blocks = layout.num_blocks(end_token) - first_block
+        items = part.channel.read(
+            first_token=first_token,
+            end_token=end_token,
+            first_head=part.source.first_head,
+            end_head=part.source.end_head,
+            form="native",
+            place=_place(self.sink, first_block, num_blocks),
+        )
+        layer_at, block = -1, 0
+        for layer, rows in items:
+            if layer != layer_at:
+                layer_at, block = layer, first_block
+            if rows:
+                self.sink.write_native(layer, block, rows)
+                block += len(rows) // layout.row_bytes
+            self._check_time()
+        self.payload_bytes += layout.num_layers * num_blocks * layout.row_bytes
+
+    def _read_canonical(self, part: Part, first_token: int, end_token: int) -> None:
+        first_head, end_head = part.source.first_head, part.source.end_head
+        items = part.channel.read(
+            first_token=first_token,
+            end_token=end_token,
+            first_head=first_head,
+            end_head=end_head,
+            form="canonical",
+        )
+        for layer, kv in items:
+            self.sink.write_canonical(layer, first_token, first_head, end_head, kv)
+            self.payload_bytes += len(kv)
+            self._check_time()
+
+    def _tokens_per_read(self, part: Part, form: Form) -> int:
+        """Return how many tokens, in whole blocks, one READ asks for."""
+        layout = self.layout
+        heads = part.source.end_head - part.source.first_head
+        in_place = form == "native" and getattr(part.channel, "passes_memory", False)
+        bound = MAX_DATA_BYTES if in_place else READ_BYTES
+        blocks = bound // layout.canonical_bytes(layout.block_size_tokens, heads)
+        return max(1, blocks) * layout.block_size_tokens
+
+    def _check_time(self) -> None:
+        if time.monotonic() >= self.deadline_s:
+            raise HandoffTimeout(
+                self.handoff_id,
+                "end of the load",
+                setting="handoff.load_s",
+                timeout_s=self.load_s,
+            )
+
+
+def _place(sink: Sink, first_block: int, num_blocks: int) -> Place | None:
+    if not isinstance(sink, DirectSink):
+        return None
+    return lambda layer: sink.native_targets(layer, first_block, num_blocks)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from disagg_plugins.cli.checks import CheckContext, Finding, Level
+from disagg_plugins.cli.doctor import run_check
+from disagg_plugins.testing.fake_engine import FakeEngine
+
+SECRET = {"DISAGG_SECRET": "0123456789abcdef-for-tests"}
+
+
+def test_every_group_is_reported_and_a_ready_fleet_exits_with_zero(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    with FakeEngine() as p0, FakeEngine() as d0:
+        done = disagg("doctor", write_policy((p0.url, d0.url)), env=SECRET)
+    assert done.returncode == 0, done.stdout
+    assert "environment\n" in done.stdout
+    assert "workers\n  ok       p0: runs at" in done.stdout
+
+
+def test_problem_exits_with_one_and_tells_the_fix(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = write_policy(launch={"model": "m", "python": "no/python"})
+    done = disagg("doctor", path, "--json", env=SECRET)
+    assert done.returncode == 1
+    problems = [f for f in json.loads(done.stdout)["vllm"] if f["level"] == "problem"]
+    assert {f["subject"] for f in problems} == {"interpreter of p0", "interpreter of d0"}
+    assert all(f["fix"] for f in problems)
+
+
+def test_live_alone_asks_only_the_gateway(disagg: Any, free_port: Callable[[], int]) -> None:
+    done = disagg("doctor", "--live", f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 1
+    assert done.stdout.startswith("gateway\n  PROBLEM  gateway: ")
+
+
+def test_check_that_raises_is_a_problem_and_stops_nothing() -> None:
+    class Raising:
+        name = "raising"
+
+        def run(self, context: CheckContext) -> Sequence[Finding]:
+            raise RuntimeError("oops")
+
+    (finding,) = run_check(Raising(), CheckContext())
+    assert finding.level is Level.PROBLEM
+    assert "raised RuntimeError: oops" in finding.detail

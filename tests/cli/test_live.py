@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from disagg_plugins.cli.checks import Finding, Level, worst
+from disagg_plugins.cli.live import examine_gateway, judge
+
+
+def worker(name: str, role: str, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "role": role,
+        "url": f"http://127.0.0.1/{name}",
+        "healthy": True,
+        "reason": "",
+        "served": 5,
+        "failed": {},
+        "last_problem": None,
+        "hello": {"pid": 1},
+        **more,
+    }
+
+
+def status(**more: Any) -> dict[str, Any]:
+    return {
+        "workers": [worker("p0", "prefill"), worker("d0", "decode")],
+        "split_problems": [],
+        "split": {
+            "recent_requests": 10,
+            "routed_disaggregated": 5,
+            "happened": 5,
+            "not_happening": {},
+            "local_reasons": {"short": 5},
+        },
+        "min_prompt_tokens": 256,
+        "tokens_from_handoff": 1000,
+        "reports_rejected": {},
+        "plugin_failures": {},
+        **more,
+    }
+
+
+def bad(found: dict[str, Any]) -> list[Finding]:
+    return [f for f in judge(found) if f.level is not Level.OK]
+
+
+def split(routed: int, happened: int, **more: Any) -> dict[str, Any]:
+    return {
+        "recent_requests": 10,
+        "routed_disaggregated": routed,
+        "happened": happened,
+        "not_happening": {},
+        "local_reasons": {},
+        **more,
+    }
+
+
+def test_gateway_whose_splits_happen_is_right() -> None:
+    assert bad(status()) == []
+    assert any("5 of the last 10 requests were split" in f.detail for f in judge(status()))
+
+
+def test_split_that_loads_nothing_is_a_problem_that_tells_the_reason() -> None:
+    found = bad(status(split=split(4, 0, not_happening={"no: no report": 4})))
+    assert [f.level for f in found] == [Level.PROBLEM]
+    assert "4 of 4 split requests loaded no KV: no decode worker reported" in found[0].detail
+    assert "--kv-transfer-config" in found[0].fix
+
+
+def test_split_that_fails_now_and_then_is_a_warning() -> None:
+    found = bad(status(split=split(100, 98, not_happening={"no: load failed": 2})))
+    assert [f.level for f in found] == [Level.WARNING]
+
+
+def test_prompts_that_all_stay_local_are_a_warning_with_the_reasons() -> None:
+    found = bad(status(split=split(0, 0, local_reasons={"prompt is short": 10})))
+    assert [f.level for f in found] == [Level.WARNING]
+    assert "10 times: prompt is short" in found[0].detail
+    assert "(256)" in found[0].fix
+
+
+def test_fleet_without_prefill_workers_splits_nothing_and_that_is_right() -> None:
+    found = status(workers=[worker("d0", "decode")], split=split(0, 0))
+    assert bad(found) == []
+
+
+def test_gateway_without_traffic_says_to_ask_again() -> None:
+    found = status(split={**split(0, 0), "recent_requests": 0})
+    assert bad(found) == []
+    assert any("ask again after some traffic" in f.detail for f in judge(found))
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "said"),
+    [
+        (
+            {"workers": [worker("p0", "prefill", healthy=False, reason="refused")]},
+            Level.PROBLEM,
+            "unhealthy: refused",
+        ),
+        (
+            {"workers": [worker("d0", "decode", failed={"timeout": 2}, last_problem="timeout")]},
+            Level.WARNING,
+            "2 of 7 calls failed",
+        ),
+        (
+            {"workers": [worker("d0", "decode", hello=None), worker("p0", "prefill")]},
+            Level.PROBLEM,
+            "never heard of the connector in d0",
+        ),
+        ({"reports_rejected": {"signature": 3}}, Level.PROBLEM, "3 reports of workers had a false"),
+        ({"split_problems": ["dtype differs"]}, Level.PROBLEM, "dtype differs"),
+        ({"plugin_failures": {"mine": 7}}, Level.WARNING, "failed 7 times"),
+    ],
+)
+def test_each_thing_that_keeps_splits_from_happening_is_found(
+    change: dict[str, Any], level: Level, said: str
+) -> None:
+    found = bad(status(**change))
+    assert worst(found) is level
+    assert any(said in f.detail for f in found)
+    assert all(f.fix for f in found)
+
+
+@contextmanager
+def answering(code: int, body: bytes) -> Iterator[str]:
+    """Serve one answer for every path."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_gateway_that_answers_is_judged_worst_first() -> None:
+    answer = status(workers=[worker("d0", "decode"), worker("p0", "prefill", healthy=False)])
+    with answering(200, json.dumps(answer).encode()) as url:
+        found = examine_gateway(url)
+    assert found[0].level is Level.PROBLEM
+    assert [f.level for f in found] == sorted((f.level for f in found), key=list(Level).index)[::-1]
+
+
+@pytest.mark.parametrize(("code", "body"), [(404, b"{}"), (200, b"<html>"), (200, b"[]")])
+def test_address_of_something_else_is_a_problem(code: int, body: bytes) -> None:
+    with answering(code, body) as url:
+        found = examine_gateway(url)
+    assert [f.level for f in found] == [Level.PROBLEM]
+    assert "give the gateway's address" in found[0].fix
+
+
+def test_gateway_that_does_not_answer_is_a_problem(free_port: Callable[[], int]) -> None:
+    found = examine_gateway(f"http://127.0.0.1:{free_port()}")
+    assert [f.level for f in found] == [Level.PROBLEM]
+    assert "Connection refused" in found[0].detail

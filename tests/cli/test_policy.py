@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+SECRET = {"DISAGG_SECRET": "0123456789abcdef-for-tests"}
+
+
+def test_right_policy_is_said_to_be_right(disagg: Any, write_policy: Callable[..., Path]) -> None:
+    done = disagg("policy", "check", write_policy(), env=SECRET)
+    assert done.returncode == 0
+    assert "right; 2 workers: p0 (prefill), d0 (decode)" in done.stdout
+    assert done.stderr == ""
+
+
+def test_typo_is_an_error_with_file_line_and_key(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = write_policy(handof={"lease_s": 3})
+    done = disagg("policy", "check", path, env=SECRET)
+    assert done.returncode == 2
+    assert f"disagg: error: {path}:" in done.stderr
+    assert "handof: unknown key" in done.stderr
+    assert "did you mean handoff?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_file_that_is_not_there_is_an_error(disagg: Any, tmp_path: Path) -> None:
+    done = disagg("policy", "check", tmp_path / "none.yaml")
+    assert done.returncode == 2
+    assert "none.yaml" in done.stderr
+
+
+def test_warning_is_told_and_fails_a_strict_check(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = write_policy(gateway={"host": "0.0.0.0", "port": 18999})
+    relaxed = disagg("policy", "check", path, env=SECRET)
+    strict = disagg("policy", "check", "--strict", path, env=SECRET)
+    assert (relaxed.returncode, strict.returncode) == (0, 1)
+    assert "warning: gateway.host is 0.0.0.0" in relaxed.stderr
+
+
+def test_policy_is_explained_in_words(disagg: Any, write_policy: Callable[..., Path]) -> None:
+    done = disagg("policy", "explain", write_policy(), env=SECRET)
+    assert done.returncode == 0
+    assert "reads prompts" in done.stdout
+
+
+def test_schema_accepts_what_check_accepts(disagg: Any, write_policy: Callable[..., Path]) -> None:
+    schema = json.loads(disagg("policy", "schema").stdout)
+    jsonschema.validate(yaml.safe_load(write_policy().read_text()), schema)
