@@ -69,7 +69,7 @@ $(DEV)/.ready: $(PACKAGE_FILES) $(UV_READY) | python
 
 vllm: $(VLLM)/.ready ## Make .venvs/vllm: vLLM for CPUs, and this project beside it.
 
-# Two ways to a torch (see tests/engines/README.md): the CPU build where a folder of wheels has it
+# Two ways to a torch: the CPU build where a folder of wheels has it
 # (then torchvision and friends, CUDA builds on PyPI, must stay out), else PyPI's build, which runs on a CPU.
 $(VLLM)/.engine-$(VLLM_VERSION): $(UV_READY) | python
 	test -x $(VLLM)/bin/python || "$(UV)" venv --quiet --python "$(PYTHON)" $(VLLM)
@@ -122,16 +122,20 @@ lint: $(DEV)/.ready ## Check style, import rules and types.
 test-quick: lint ## Run lint and every test that needs no engine (under two minutes).
 	$(DEV)/bin/python -m pytest -q -m "not engine"
 
-test-wheel: $(DEV)/.ready ## Build the wheel from the sdist, install it alone and run the quick tests on it.
+# What an editable install hides: files that the wheel lacks, entry points, console script.
+WHEEL_TESTS := tests/cli tests/adapters tests/connectors/test_contract.py tests/test_plugins.py
+
+test-wheel: $(UV_READY) | python ## Build the wheel from the sdist, install it alone, and run tests on what was installed.
 	rm -rf $(VENVS)/wheel && mkdir -p $(VENVS)/wheel
-	"$(UV)" build --quiet --sdist --out-dir $(VENVS)/wheel/dist .
-	"$(UV)" build --quiet --wheel --out-dir $(VENVS)/wheel/dist $(VENVS)/wheel/dist/*.tar.gz
+	"$(UV)" build --quiet --sdist --python "$(PYTHON)" --out-dir $(VENVS)/wheel/dist .
+	"$(UV)" build --quiet --wheel --python "$(PYTHON)" --out-dir $(VENVS)/wheel/dist $(VENVS)/wheel/dist/*.tar.gz
 	"$(UV)" venv --quiet --python "$(PYTHON)" $(VENVS)/wheel/venv
 	"$(UV)" pip install --quiet --python $(VENVS)/wheel/venv/bin/python $(VENVS)/wheel/dist/*.whl --group test
-	# The unpacked sdist without the sources: what is imported is what was installed.
 	tar -xzf $(VENVS)/wheel/dist/*.tar.gz -C $(VENVS)/wheel
+	$(VENVS)/wheel/venv/bin/disagg version
+	# The unpacked sdist without its sources: what is imported is what was installed.
 	cd $(VENVS)/wheel/disagg_plugins-*/ && rm -r disagg_plugins adapters connectors && \
-	  ../venv/bin/python -m pytest -q -m "not engine" -o pythonpath=. --ignore tests/test_layout.py
+	  ../venv/bin/python -m pytest -q -m "not engine" -o pythonpath=. $(WHEEL_TESTS)
 
 test-engine: vllm model-tests ## Run the tests that need a real engine.
 	$(VLLM)/bin/python -m pytest -q -m engine

@@ -18,11 +18,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from corpus import prompts
-from disagg_vllm.client import Completion, complete, first_difference, is_tie
-from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
 
 from disagg_plugins.cli.load import spread
 from disagg_plugins.errors import DisaggError
+from disagg_vllm.client import Completion, complete, first_difference, is_tie
+from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
 
 LENGTHS_TOKENS = (60, 350, 500, 700, 900, 1100, 1300, 1500)
 """One prompt stays below the split's threshold; the rest are split."""
@@ -114,14 +114,16 @@ def table(result: dict[str, Any]) -> str:
         label = name.removesuffix("_s").replace("_", " ")
         lines.append(f"{label:<14}{1000 * a:>10.1f}{1000 * b:>12.1f}")
     share = 100 * result["tokens_from_handoff_share"]
+    transports = ", ".join(result["transports"]) or "nothing"
     lines += [
         "",
         f"answers: {'equal' if result['tokens_equal'] else 'DIFFERENT'}"
         f" ({result['requests']} requests, {result['ties']} ended at a tie)",
         f"handoffs: {result['handoffs']} of {result['split_requests']} split requests, "
-        f"{result['kv_bytes'] / 1e6:.1f} MB of KV over {', '.join(result['transports']) or 'nothing'}",
-        f"prompt tokens of split requests: {result['prompt_tokens_from_handoff']} from the handoff, "
-        f"{result['prompt_tokens_computed_by_decode']} computed by decode ({share:.1f} % taken over)",
+        f"{result['kv_bytes'] / 1e6:.1f} MB of KV over {transports}",
+        f"prompt tokens of split requests: {result['prompt_tokens_from_handoff']} from the "
+        f"handoff, {result['prompt_tokens_computed_by_decode']} computed by decode "
+        f"({share:.1f} % taken over)",
     ]
     return "\n".join(lines)
 
@@ -133,8 +135,8 @@ def verdict(result: dict[str, Any]) -> list[str]:
         wrong.append(f"{result['different']} answers differ from the monolithic vLLM's")
     if result["split_requests"] == 0 or result["handoffs"] < result["split_requests"]:
         wrong.append(
-            f"only {result['handoffs']} of {result['split_requests']} split requests handed KV over: "
-            f"{result['problems'] or 'no problem was reported'}"
+            f"only {result['handoffs']} of {result['split_requests']} split requests handed KV "
+            f"over: {result['problems'] or 'no problem was reported'}"
         )
     if result["tokens_from_handoff_share"] < 0.9:
         wrong.append("decode computed more than a tenth of the prompts itself")

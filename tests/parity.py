@@ -9,34 +9,45 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, Literal
 
+from disagg_plugins.handoff.tickets import mint, new_handoff_id
 from disagg_vllm.client import Completion, complete, first_difference, is_tie
 from disagg_vllm.testbed import MODEL_NAME, Testbed, free_port
-
-from disagg_plugins.handoff.tickets import mint, new_handoff_id
 
 TIE_GAP = 1e-4
 """Best tokens closer than this in log-probability are a tie in float32."""
 
 ANSWER_S = 120.0
+RECORD_S = 30.0
 Verdict = Literal["identical", "tie", "different"]
-Send = Callable[[Testbed, str, int], Completion]
+Send = Callable[..., Completion]
+"""``(bed, text, max_tokens, request_id=None)``."""
 
 
-def cold(bed: Testbed, text: str, max_tokens: int) -> Completion:
+def cold(bed: Testbed, text: str, max_tokens: int, request_id: str | None = None) -> Completion:
     """Send a prompt that no worker has seen through the gateway."""
-    return complete(bed.gateway_url, text, max_tokens=max_tokens, model=MODEL_NAME)
+    return complete(
+        bed.gateway_url,
+        text,
+        max_tokens=max_tokens,
+        model=MODEL_NAME,
+        request_id=request_id,
+    )
 
 
-def partly_cached(bed: Testbed, text: str, max_tokens: int) -> Completion:
+def partly_cached(
+    bed: Testbed, text: str, max_tokens: int, request_id: str | None = None
+) -> Completion:
     """Let the decode worker compute the first half of the prompt itself before."""
     complete(bed.urls["decode"], text[: len(text) // 2], max_tokens=1, model=MODEL_NAME)
-    return cold(bed, text, max_tokens)
+    return cold(bed, text, max_tokens, request_id)
 
 
-def wholly_cached(bed: Testbed, text: str, max_tokens: int) -> Completion:
+def wholly_cached(
+    bed: Testbed, text: str, max_tokens: int, request_id: str | None = None
+) -> Completion:
     """Let the decode worker compute the whole prompt itself before."""
     complete(bed.urls["decode"], text, max_tokens=1, model=MODEL_NAME)
-    return cold(bed, text, max_tokens)
+    return cold(bed, text, max_tokens, request_id)
 
 
 def failed_handoff(bed: Testbed, text: str, max_tokens: int) -> Completion:
@@ -92,6 +103,21 @@ def decode(
         model=MODEL_NAME,
         extra={"kv_transfer_params": params},
     )
+
+
+def record_of(bed: Testbed, request_id: str) -> dict[str, Any]:
+    """Return the gateway's record of a request, once it is written.
+
+    Raises:
+        TimeoutError: It is not there after ``RECORD_S``.
+    """
+    deadline_s = time.monotonic() + RECORD_S
+    while time.monotonic() < deadline_s:
+        for record in bed.records():
+            if record["request_id"] == request_id:
+                return record
+        time.sleep(0.1)
+    raise TimeoutError(f"no record of request {request_id} within {RECORD_S} s")
 
 
 def compare(split: Completion, monolith: Completion) -> Verdict:

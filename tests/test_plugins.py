@@ -304,16 +304,15 @@ class TestIsolation:
         calls = {
             "disagg_select_split": lambda s: s.select_split(PROFILE, FLEET) is None,
             "disagg_select_admission": lambda s: s.select_admission(PROFILE, FLEET) is None,
-            "disagg_filter_workers": lambda s: s.filter_workers(
-                PROFILE, Role.DECODE, WORKERS, FLEET
-            )
-            == (WORKERS, ()),
-            "disagg_score_workers": lambda s: s.score_workers(
-                PROFILE, Role.DECODE, WORKERS, FLEET, {}
-            )
-            == {"a": 0.5, "b": 0.5},
-            "disagg_select_worker": lambda s: s.select_worker(PROFILE, Role.DECODE, {"a": 1.0})
-            is None,
+            "disagg_filter_workers": lambda s: (
+                s.filter_workers(PROFILE, Role.DECODE, WORKERS, FLEET) == (WORKERS, ())
+            ),
+            "disagg_score_workers": lambda s: (
+                s.score_workers(PROFILE, Role.DECODE, WORKERS, FLEET, {}) == {"a": 0.5, "b": 0.5}
+            ),
+            "disagg_select_worker": lambda s: (
+                s.select_worker(PROFILE, Role.DECODE, {"a": 1.0}) is None
+            ),
             "disagg_score_queue": lambda s: s.score_queue(PROFILE, {}) == 0.5,
         }
         assert calls[hook](host.scheduler)
@@ -437,9 +436,7 @@ class TestDeadline:
         assert wrong == []
         assert host.counts == {}
 
-    def test_close_ends_the_threads_and_leaves_a_hung_one_behind_by_name(
-        self, load, gate, caplog
-    ):
+    def test_close_ends_the_threads_and_leaves_a_hung_one_behind_by_name(self, load, gate, caplog):
         host = load(self.hanging(gate), ("good", Bound), deadline_s=0.2)
         host.scheduler.select_split(PROFILE, FLEET)
         host.close()

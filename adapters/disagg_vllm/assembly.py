@@ -24,7 +24,6 @@ from disagg_plugins.handoff.shards import head_range
 from disagg_plugins.handoff.staging import StagingArena
 from disagg_plugins.handoff.tickets import verify
 from disagg_plugins.plugins import PluginHost
-from disagg_plugins.types import HandoffEvent, HandoffPair
 from disagg_vllm import compat
 from disagg_vllm.caches import HostCaches, layer_order, read_axes
 from disagg_vllm.device_port import DevicePort
@@ -35,6 +34,7 @@ from disagg_vllm.worker_side import CachePort, WorkerSide
 if TYPE_CHECKING:
     import torch
 
+    from disagg_plugins.types import HandoffEvent, HandoffPair
     from disagg_vllm.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -247,6 +247,8 @@ def _hello(identity: Identity, worker: str) -> dict[str, Any]:
         "tp_rank": identity.tp_rank,
         "tp_size": identity.tp_size,
         "fingerprint": identity.fingerprint.digest(),
-        "layout": f"{layout.order} {layout.packing} block {layout.block_size_tokens} {layout.dtype}",
+        "layout": (
+            f"{layout.order} {layout.packing} block {layout.block_size_tokens} {layout.dtype}"
+        ),
         "pid": os.getpid(),
     }

@@ -21,12 +21,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from disagg_plugins.errors import UnsupportedEngineError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 Axes = tuple[str, ...]
 """Names of a tensor's axes: b = block, c = k/v, h = head, t = token, d = head dim; ``cd`` is the
@@ -64,8 +64,9 @@ def read_axes(
                 return axes, tokens
     raise UnsupportedEngineError(
         f"a KV cache tensor of shape {tuple(shape)} is none of the layouts that this release "
-        f"reads ({num_heads} KV heads, head dim {head_dim}, block sizes {list(block_sizes_tokens)}): "
-        "latent (MLA), quantised and recurrent caches cannot be handed over"
+        f"reads ({num_heads} KV heads, head dim {head_dim}, block sizes "
+        f"{list(block_sizes_tokens)}): latent (MLA), quantised and recurrent caches "
+        "cannot be handed over"
     )
 
 
@@ -123,7 +124,7 @@ class HostCaches:
     def __init__(self, layers: Sequence[torch.Tensor], row_bytes: int) -> None:
         import torch
 
-        self._rows: list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]] = []
+        self._rows: list[NDArray[np.uint8]] = []
         for tensor in layers:
             if not tensor.is_contiguous():
                 raise UnsupportedEngineError(
@@ -137,7 +138,10 @@ class HostCaches:
             self._rows.append(rows)
 
     def gather(
-        self, layer: int, block_ids: Sequence[int], out: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+        self,
+        layer: int,
+        block_ids: Sequence[int],
+        out: NDArray[np.uint8],
     ) -> None:
         """Copy blocks of ``layer`` into ``out``, uint8 of shape ``(len(block_ids), row_bytes)``."""
         rows = self._rows[layer]
@@ -145,13 +149,16 @@ class HostCaches:
             out[position : position + count] = rows[first : first + count]
 
     def scatter(
-        self, layer: int, block_ids: Sequence[int], rows: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+        self,
+        layer: int,
+        block_ids: Sequence[int],
+        rows: NDArray[np.uint8],
     ) -> None:
         """Copy ``rows`` into blocks of ``layer``; the reverse of ``gather``."""
         target = self._rows[layer]
         for position, first, count in runs(block_ids):
             target[first : first + count] = rows[position : position + count]
 
-    def block(self, layer: int, block_id: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    def block(self, layer: int, block_id: int) -> NDArray[np.uint8]:
         """Return the writable row of one block."""
         return self._rows[layer][block_id]

@@ -1,4 +1,4 @@
-"""A small measuring client for vLLM's completions endpoint: tokens, their log-probabilities, times."""
+"""A small measuring client for vLLM: tokens, their log-probabilities and their times."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def complete(
     ignore_eos: bool = True,
     logprobs: int | None = 2,
     extra: dict[str, Any] | None = None,
+    request_id: str | None = None,
 ) -> Completion:
     """Stream one greedy completion.
 
@@ -78,6 +79,7 @@ def complete(
         ignore_eos: Whether to write on past the end of text, so that lengths are equal.
         logprobs: Alternatives to report for each token; None for none.
         extra: More fields of the request.
+        request_id: Sent as ``X-Request-Id``; the gateway's record carries it.
 
     Raises:
         AnswerError: Any answer but a complete stream.
@@ -97,9 +99,10 @@ def complete(
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=ANSWER_S)
     result = Completion(started_s=time.monotonic())
     try:
-        connection.request(
-            "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        if request_id is not None:
+            headers["X-Request-Id"] = request_id
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
         answer = connection.getresponse()
         if answer.status != 200:
             raise AnswerError(f"{url} answered {answer.status}: {answer.read(2000)!r}")

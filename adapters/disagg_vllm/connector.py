@@ -50,7 +50,7 @@ class RankHandshake(KVConnectorHandshakeMetadata):
         self.endpoint = endpoint
 
 
-class RankResult(compat.WorkerMetadata):  # type: ignore[misc]
+class RankResult(compat.WorkerMetadata):
     """What ranks did, on its way to the scheduler."""
 
     def __init__(self, result: StepResult) -> None:

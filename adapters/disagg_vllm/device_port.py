@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from disagg_plugins.errors import UnsupportedEngineError
-from disagg_plugins.handoff.layouts import KVLayout
-from disagg_vllm.caches import Axes
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+
+    from disagg_plugins.handoff.layouts import KVLayout
+    from disagg_vllm.caches import Axes
 
 logger = logging.getLogger(__name__)
 
@@ -160,14 +161,14 @@ class DevicePort:
         """Copy canonical KV that starts at the first token of ``block_ids[0]``."""
         layout = self._layout
         heads, size = end_head - first_head, layout.block_size_tokens
-        source = np.frombuffer(kv, np.uint8).reshape(2, -1, heads * layout.head_dim * (
-            layout.element_bytes
-        ))
+        source = np.frombuffer(kv, np.uint8).reshape(
+            2, -1, heads * layout.head_dim * (layout.element_bytes)
+        )
         padded = np.zeros((2, len(block_ids) * size, source.shape[2]), np.uint8)
         padded[:, : source.shape[1]] = source
         rows = padded.reshape(2, len(block_ids), -1).transpose(1, 0, 2)
         shape = (len(block_ids), 2, size, heads, layout.head_dim)
-        plain = memoryview(np.ascontiguousarray(rows).reshape(-1))
+        plain = np.ascontiguousarray(rows).reshape(-1).data
         self._write(layer, block_ids, plain, shape, first_head, end_head)
 
     def _write(

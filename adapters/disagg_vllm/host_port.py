@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from disagg_plugins.handoff.layouts import KVLayout
-from disagg_vllm.caches import HostCaches
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from disagg_plugins.handoff.layouts import KVLayout
+    from disagg_vllm.caches import HostCaches
     from disagg_vllm.packing import Packing
 
 ELEMENT_TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32}
@@ -78,7 +77,7 @@ class HostPort:
     def unpack(self, rows: memoryview) -> memoryview:
         """Return plain ``hctd`` rows for rows as staged."""
         packed: NDArray[Any] = np.frombuffer(rows, self._element).reshape(-1, self._head_elements)
-        return memoryview(self._packing.unpack(packed).view(np.uint8).reshape(-1))
+        return self._packing.unpack(packed).view(np.uint8).reshape(-1).data
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -50,7 +50,9 @@ def read_params(params: object) -> HandoffParams | None:
         return None
     record = params["disagg"]
     if not isinstance(record, Mapping):
-        raise RemoteProtocolError(f"kv_transfer_params.disagg is a {type(record).__name__}, not an object")
+        raise RemoteProtocolError(
+            f"kv_transfer_params.disagg is a {type(record).__name__}, not an object"
+        )
     if record.get("version") != VERSION:
         raise RemoteProtocolError(
             f"kv_transfer_params.disagg has version {record.get('version')!r}, this worker speaks "
@@ -58,7 +60,9 @@ def read_params(params: object) -> HandoffParams | None:
         )
     step, ticket = record.get("step"), record.get("ticket")
     if step not in ("prefill", "decode"):
-        raise RemoteProtocolError(f"kv_transfer_params.disagg.step is {step!r}, not prefill or decode")
+        raise RemoteProtocolError(
+            f"kv_transfer_params.disagg.step is {step!r}, not prefill or decode"
+        )
     if not isinstance(ticket, str) or not 0 < len(ticket) <= MAX_TICKET_CHARS:
         raise RemoteProtocolError("kv_transfer_params.disagg.ticket is missing, empty or too long")
     if step == "prefill":
@@ -71,7 +75,9 @@ def read_params(params: object) -> HandoffParams | None:
         or not 0 < len(endpoints) <= MAX_ENDPOINTS
         or not all(isinstance(e, Mapping) for e in endpoints)
     ):
-        raise RemoteProtocolError("kv_transfer_params.disagg.endpoints is not a list of 1 to 256 records")
+        raise RemoteProtocolError(
+            "kv_transfer_params.disagg.endpoints is not a list of 1 to 256 records"
+        )
     return HandoffParams("decode", ticket, num_tokens, tuple(endpoints))
 
 

@@ -21,10 +21,9 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from disagg_plugins.errors import DisaggError
-from disagg_plugins.types import HandoffId
 from disagg_vllm.params import HandoffParams, answer_params, read_params
 from disagg_vllm.steps import (
     LoadResult,
@@ -34,6 +33,9 @@ from disagg_vllm.steps import (
     StepPlan,
     StepResult,
 )
+
+if TYPE_CHECKING:
+    from disagg_plugins.types import HandoffId
 
 logger = logging.getLogger(__name__)
 
@@ -196,8 +198,9 @@ class SchedulerSide:
             return False
         self.counts["staging_full"] += 1
         problem = (
-            f"{job.staged_bytes} bytes of staging wanted, {free_bytes} of {self._staging_bytes} free "
-            f"after {waited_s:.2f} s (handoff.staging_bytes, handoff.staging_wait_s); not published"
+            f"{job.staged_bytes} bytes of staging wanted, {free_bytes} of {self._staging_bytes} "
+            f"free after {waited_s:.2f} s (handoff.staging_bytes, handoff.staging_wait_s); "
+            "not published"
         )
         logger.warning("request %s, handoff %s: %s", request_id, job.handoff_id, problem)
         self._report_failure(job.handoff_id, problem)
@@ -334,17 +337,13 @@ class SchedulerSide:
         if problems:
             self.counts["load_failed"] += 1
             recomputed = job.num_prompt_tokens - job.tokens_local
-            self._report_failure(
-                job.handoff_id, "; ".join(problems), tokens_recomputed=recomputed
-            )
+            self._report_failure(job.handoff_id, "; ".join(problems), tokens_recomputed=recomputed)
             return
         self.counts["loaded"] += 1
         self._report_loaded(job, seconds=max((r.seconds for r in job.results), default=0.0))
 
     def _release(self, handoff_id: HandoffId, params: HandoffParams, failed: str = "") -> None:
-        self._plan.release.append(
-            ReleaseStep(handoff_id, params.ticket, params.endpoints, failed)
-        )
+        self._plan.release.append(ReleaseStep(handoff_id, params.ticket, params.endpoints, failed))
 
     # Reports -------------------------------------------------------------------------------
 
@@ -369,7 +368,11 @@ class SchedulerSide:
     def _report_failure(
         self, handoff_id: HandoffId, problem: str, *, tokens_recomputed: int | None = None
     ) -> None:
-        record: dict[str, Any] = {"kind": "failed", "handoff_id": handoff_id, "problem": problem[:500]}
+        record: dict[str, Any] = {
+            "kind": "failed",
+            "handoff_id": handoff_id,
+            "problem": problem[:500],
+        }
         if tokens_recomputed is not None:
             record["tokens_recomputed"] = tokens_recomputed
         self._report(record)

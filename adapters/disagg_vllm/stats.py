@@ -40,7 +40,7 @@ class DisaggStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Start again from nothing."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add ``other`` to this and return this."""
@@ -52,7 +52,9 @@ class DisaggStats(KVConnectorStats):
         """Return what vLLM's log line shows."""
         shown = {f"disagg_{k}": round(v, 3) for k, v in sorted(self.data.items())}
         if seconds := self.data.get("load_seconds"):
-            shown["disagg_load_mb_per_s"] = round(self.data.get("loaded_bytes", 0) / seconds / 1e6, 1)
+            shown["disagg_load_mb_per_s"] = round(
+                self.data.get("loaded_bytes", 0) / seconds / 1e6, 1
+            )
         return shown
 
     def is_empty(self) -> bool:

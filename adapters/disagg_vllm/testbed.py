@@ -1,4 +1,4 @@
-"""Real vLLM workers, a plain vLLM and the gateway on this machine, for the demo, tests and benchmarks.
+"""Real vLLM workers, a plain vLLM and the gateway on one machine: for demo, tests, benchmarks.
 
 Everything listens on loopback, is started under guards, and ends with the ``with`` statement. The
 plain vLLM (the *monolith*) has no connector: it is what the split is compared with.

@@ -221,7 +221,9 @@ class WorkerSide:
         for item, publication, _ in self._step:
             if item.last:
                 self._publications.pop(item.handoff_id, None)
-                payload_bytes = self._layout.num_layers * publication.num_blocks * self._layout.row_bytes
+                payload_bytes = (
+                    self._layout.num_layers * publication.num_blocks * self._layout.row_bytes
+                )
                 self._count("published", 1)
                 self._count("published_bytes", payload_bytes)
         self._step = []
@@ -326,4 +328,3 @@ class WorkerSide:
         self._reader.close()
         self._port.close()
         self._store.close()
-

@@ -109,7 +109,8 @@ async def _run(
         server = await loop.create_server(
             lambda: ClientConnection(gateway), sock=sock, backlog=BACKLOG
         )
-        background = [tasks.create_task(gateway.prober.run()), tasks.create_task(gateway.watch())]
+        probing = tasks.create_task(gateway.prober.run())
+        watching = tasks.create_task(gateway.watch())
         log.info("listening on http://%s:%d", policy.gateway.host, policy.gateway.port)
         try:
             if ready is not None:
@@ -117,9 +118,9 @@ async def _run(
             await stop.wait()
         finally:
             server.close()
+            probing.cancel()
             await gateway.drain()
-            for task in background:
-                task.cancel()
+            watching.cancel()
 
 
 def _check_engines(policy: Policy, host: PluginHost) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 
 from disagg_plugins.gateway.openai import error_body
-from disagg_plugins.gateway.wire import Header, answer_head
+from disagg_plugins.gateway.sending import Sender
+from disagg_plugins.gateway.wire import Header, answer_head, header_value
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.server import Gateway
@@ -77,6 +79,8 @@ class ClientConnection(asyncio.Protocol):
         self._last = False
         self._chunked = False
         self._receiving = False
+        self._declined: Request | None = None
+        self._declined_bytes = 0
         self.deadline_s = FOREVER
         self._reset()
 
@@ -93,6 +97,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        self._send = Sender(self.transport).send
         self.deadline_s = time.monotonic() + self._gateway.policy.gateway.client_idle_s
         self._gateway.connections.add(self)
 
@@ -128,15 +133,35 @@ class ClientConnection(asyncio.Protocol):
             self.deadline_s = time.monotonic() + self._gateway.policy.gateway.client_idle_s
         if not self._head_done:
             self._head_bytes += len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._last = True  # the offer is declined; what follows the request is not read
-        except httptools.HttpParserError as exc:
-            self._refuse(400, f"this is not a valid HTTP/1.1 request: {exc}")
+        if self._declined is not None:
+            self._feed_declined(self._declined, data)
+        else:
+            self._parse(data)
         if not self._head_done and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(431, f"the request's head exceeds {MAX_HEAD_BYTES} bytes")
         self._next()
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            if self._declined is not None:
+                self._feed_declined(self._declined, data[exc.args[0] :])
+        except httptools.HttpParserError as exc:
+            self._refuse(400, f"this is not a valid HTTP/1.1 request: {exc}")
+
+    def _feed_declined(self, request: Request, data: bytes) -> None:
+        """Read the body of a request that offered another protocol.
+
+        The offer is declined by answering. The parser leaves such a body alone, though common
+        clients (Java's) send one; its length is known, and nothing is read beyond it.
+        """
+        left = self._declined_bytes - len(request.body)
+        request.body += data[:left]
+        if len(request.body) == self._declined_bytes:
+            self._declined = None
+            self._last = True
+            self._requests.append(request)
 
     def _feed_early(self) -> None:
         early, self._early = self._early, b""
@@ -195,7 +220,7 @@ class ClientConnection(asyncio.Protocol):
         if length > self._gateway.policy.gateway.max_body_bytes:
             self._too_large()
         elif expects and self._refusal is None and self._request is None:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _too_large(self) -> None:
         bound = self._gateway.policy.gateway.max_body_bytes
@@ -221,10 +246,20 @@ class ClientConnection(asyncio.Protocol):
         http10 = self._parser.get_http_version() == "1.0"
         keep_alive = self._parser.should_keep_alive()
         method = self._parser.get_method()
-        self._requests.append(
-            Request(method, self._url, self._headers, body, keep_alive, http10)
-        )
+        request = Request(method, self._url, self._headers, body, keep_alive, http10)
+        if self._parser.should_upgrade():
+            self._decline(request)
+        else:
+            self._requests.append(request)
         self._reset()
+
+    def _decline(self, request: Request) -> None:
+        length = header_value(request.headers, b"content-length") or b"0"
+        chunked = header_value(request.headers, b"transfer-encoding") is not None
+        if request.method == b"CONNECT" or chunked or not length.isdigit():
+            self._refuse(400, "a request that offers another protocol must have a plain body")
+            return
+        self._declined, self._declined_bytes = request, int(length)
 
     # Answers
 
@@ -241,7 +276,7 @@ class ClientConnection(asyncio.Protocol):
         head = answer_head(
             status, lines, length_bytes=len(body), chunked=False, close=close
         )
-        self.transport.write(head if request.method == b"HEAD" else head + body)
+        self._send(head if request.method == b"HEAD" else head + body)
         self._answered()
 
     def start(self, status: int, lines: bytes, first: bytes) -> None:
@@ -254,20 +289,25 @@ class ClientConnection(asyncio.Protocol):
         self._last = close
         head = answer_head(status, lines, length_bytes=None, chunked=self._chunked, close=close)
         if self._chunked:
-            self.transport.write(b"%b%x\r\n%b\r\n" % (head, len(first), first))
+            self._send(b"%b%x\r\n%b\r\n" % (head, len(first), first))
         else:
-            self.transport.write(head + first)
+            self._send(head + first)
 
     def write(self, data: bytes) -> None:
         """Send more of an answer that was started."""
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        self.transport.write(data)
+        self._send(data)
+
+    @property
+    def raw_writer(self) -> Callable[[bytes], None] | None:
+        """Takes bytes that carry their chunk framing already; None when no chunks are used."""
+        return self._send if self._chunked else None
 
     def complete(self) -> None:
         """End an answer that was started."""
         if self._chunked:
-            self.transport.write(b"0\r\n\r\n")
+            self._send(b"0\r\n\r\n")
         self._answered()
 
     def break_off(self, last: bytes) -> None:

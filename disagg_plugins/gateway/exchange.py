@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -78,6 +80,8 @@ class Exchange:
         self._first = b""
         self._whole = False
         self._slow = False
+        self._raw: Callable[[bytes], None] | None = None
+        self._idle_s = gateway.policy.gateway.idle_s
         self.prefill_deadline_s = FOREVER
         self.decode_deadline_s = FOREVER
         self.record = RequestRecord(
@@ -176,6 +180,20 @@ class Exchange:
         else:
             self._first = data
             self._do(self._flow.on(f.DecodeStarted()))
+
+    def _pass_chunk(self, data: bytes) -> None:
+        """Forward one chunk of whole events as it came; the hot path of every stream."""
+        sse, raw = self._sse, self._raw
+        if sse is None or raw is None or sse.held:
+            call = self._calls["decode"]
+            self.call_data(call, data[data.find(b"\r\n") + 2 : -2])
+            return
+        raw(data)
+        now_s = monotonic()
+        if not self._slow:
+            self.decode_deadline_s = now_s + self._idle_s
+        self._times.chunk(now_s)
+        sse.passed(data)
 
     def _keep(self, call: Call, data: bytes, bound_bytes: int) -> None:
         side = call.side
@@ -342,6 +360,9 @@ class Exchange:
         else:
             self._client.start(200, lines, self._first)
             self._touch(time.monotonic())
+            self._raw = self._client.raw_writer
+            if self._sse is not None and self._raw is not None:
+                self._calls["decode"].pass_chunks(self._pass_chunk)
         self._first = b""
 
     def _lines(self, headers: list[Header]) -> bytes:
@@ -419,6 +440,7 @@ class Exchange:
         self._gateway.finished(self, self._times, self._ref)
         self._bodies.clear()
         self._calls.clear()
+        self._raw = None
 
 
 _EXECUTE = {

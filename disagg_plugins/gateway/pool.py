@@ -40,6 +40,7 @@ class WorkerPool:
         self._idle: list[UpstreamConnection] = []
         self._busy: set[UpstreamConnection] = set()
         self._connecting = 0
+        self._closed = False
 
     def __repr__(self) -> str:
         return (
@@ -73,7 +74,8 @@ class WorkerPool:
     def release(self, connection: UpstreamConnection) -> None:
         """Take back a connection that may carry another call."""
         self._busy.discard(connection)
-        if len(self._idle) >= self.worker.capacity or connection.transport.is_closing():
+        full = self._closed or len(self._idle) >= self.worker.capacity
+        if full or connection.transport.is_closing():
             connection.drop()
             return
         connection.idle_since_s = asyncio.get_running_loop().time()
@@ -92,7 +94,8 @@ class WorkerPool:
             self._idle[0].drop()
 
     def close(self) -> None:
-        """Close every connection, busy ones too."""
+        """Close every connection, busy ones and those that are being opened too."""
+        self._closed = True
         for connection in [*self._idle, *self._busy]:
             connection.drop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import deque
@@ -29,7 +30,7 @@ from disagg_plugins.gateway.pool import WorkerPool
 from disagg_plugins.gateway.wire import request_id, upstream_headers
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
-from disagg_plugins.telemetry.records import RecordView, RequestRecord
+from disagg_plugins.telemetry.records import RequestRecord
 from disagg_plugins.telemetry.reports import report_key
 from disagg_plugins.types import Decision, Disaggregated, FleetView, Local, RequestProfile, Worker
 
@@ -315,7 +316,7 @@ class Gateway:
         if self._records is not None and not self._records.add(record):
             self.metrics.count("disagg_records_dropped")
         try:
-            self._scheduler.request_ended(RecordView(record))
+            self._scheduler.request_ended(record.as_dict())
         except DisaggError:
             log.exception("plugins could not be told of a request's end")
 
@@ -377,6 +378,7 @@ class Gateway:
             await asyncio.to_thread(self._records.close)
 
 
+@functools.lru_cache(maxsize=4096)
 def _reason_label(why: str) -> str:
     """Return a reason without its numbers and values, so that it can be a label."""
     head = why.partition(":")[0]

@@ -68,6 +68,11 @@ class SseObserver:
             self.done = True
         return data
 
+    def passed(self, data: bytes) -> None:
+        """Note whole events that were forwarded without ``feed``, chunk framing and all."""
+        self.events += 1
+        self._oldest, self._older, self._last = self._older, self._last, data
+
     @property
     def held(self) -> bool:
         """Whether part of an event is being held back."""

@@ -7,9 +7,12 @@ a call that it cancelled.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
+
+from disagg_plugins.gateway.sending import Sender
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.pool import WorkerPool
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
 
 MAX_HEAD_BYTES = 256 * 1024
 """Longest head of an answer; servers in use stay below 2 KiB."""
+
+
+MIN_FAST_BYTES = 40
+"""Shorter reads are worth a look: the end of a stream is among them."""
 
 
 class CallListener(Protocol):
@@ -76,6 +83,15 @@ class Call:
         if self.connection is not None:
             self.connection.transport.resume_reading()
 
+    def pass_chunks(self, take: Callable[[bytes], None]) -> None:
+        """Hand every read that is exactly one chunk of whole events to ``take``, framing and all.
+
+        All else still comes as ``call_data``. A stream of tokens is made of such reads, and
+        neither parsing nor framing them again saves a third of a chunk's cost.
+        """
+        if self.connection is not None:
+            self.connection.chunk_taker = take
+
 
 class UpstreamConnection(asyncio.Protocol):
     """One connection; carries one call at a time."""
@@ -102,17 +118,21 @@ class UpstreamConnection(asyncio.Protocol):
         self._framed = False
         self._surplus = False
         self._keep_alive = False
+        self._chunk_open = False
+        self.chunk_taker: Callable[[bytes], None] | None = None
+        self._fast: Callable[[bytes], None] | None = None
 
     def start(self, call: Call) -> None:
         """Send a call; the connection is free and open."""
         self._call = call
         call.connection = self
         self._reset()
-        self.transport.write(call.payload)
+        self._sender.send(call.payload)
 
     def drop(self) -> None:
         """Close without a word to the listener."""
         self._call = None
+        self._fast = self.chunk_taker = None
         self.closed = True
         self._pool.gone(self)
         self.transport.abort()
@@ -121,8 +141,20 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self._sender = Sender(self.transport)
 
     def data_received(self, data: bytes) -> None:
+        fast = self._fast
+        if fast is not None and len(data) > MIN_FAST_BYTES and data.endswith(b"\n\n\r\n"):
+            # The parser stands before a chunk. If these bytes are exactly one, it need not see
+            # them: afterwards it stands before a chunk again.
+            end = data.find(b"\r\n", 1, 9)
+            if data[:end] == b"%x" % (len(data) - end - 4):
+                fast(data)
+                return
+        self._receive(data)
+
+    def _receive(self, data: bytes) -> None:
         call = self._call
         if call is None:
             self.drop()
@@ -147,6 +179,9 @@ class UpstreamConnection(asyncio.Protocol):
                 call.listener.call_data(call, body)
             if self._complete and self._call is call:
                 self._end(call)
+            elif self.chunk_taker is not None:
+                between = not self._chunk_open and data.endswith(b"\r\n")
+                self._fast = self.chunk_taker if between else None
         elif self._received_bytes > MAX_HEAD_BYTES:
             self._fail("garbage", f"the head of its answer exceeds {MAX_HEAD_BYTES} bytes")
 
@@ -188,6 +223,14 @@ class UpstreamConnection(asyncio.Protocol):
         self._status = self._parser.get_status_code()
         self._head_ready = self._status >= 200
 
+    def on_chunk_header(self) -> None:
+        """The line with a chunk's size is complete."""
+        self._chunk_open = True
+
+    def on_chunk_complete(self) -> None:
+        """A chunk and the line end after it are complete."""
+        self._chunk_open = False
+
     def on_body(self, body: bytes) -> None:
         """Part of the body, without framing."""
         self._pieces.append(body)
@@ -203,6 +246,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _end(self, call: Call) -> None:
         self._call = None
+        self._fast = self.chunk_taker = None
         call.connection = None
         call.ended = True
         if self._keep_alive:

@@ -110,8 +110,7 @@ class Wire:
             if count == 0:
                 raise PeerGone(self.transport, "the peer closed the connection")
             got += count
-            if got < wanted:
-                self._check_deadline("sending")
+            self._check_deadline("sending")
 
     def receive_scattered(self, views: Sequence[memoryview]) -> None:
         """Fill ``views`` completely, one after the other."""
@@ -130,8 +129,7 @@ class Wire:
             del rest[:full]
             if count:
                 rest[0] = rest[0][count:]
-            if rest:
-                self._check_deadline("sending")
+            self._check_deadline("sending")
 
     def receive_header(self) -> bytearray:
         """Return the next 16 bytes; valid until the next call."""

@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,28 +125,6 @@ class RequestRecord:
         plain: dict[str, object] = msgspec.to_builtins(self)
         del plain["gaps_s"]
         return plain
-
-
-class RecordView(Mapping[str, object]):
-    """A record as plugins see it: read-only, turned into plain values when first looked at."""
-
-    def __init__(self, record: RequestRecord) -> None:
-        self._record = record
-        self._plain: dict[str, object] | None = None
-
-    def _values(self) -> dict[str, object]:
-        if self._plain is None:
-            self._plain = self._record.as_dict()
-        return self._plain
-
-    def __getitem__(self, key: str) -> object:
-        return self._values()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values())
-
-    def __len__(self) -> int:
-        return len(self._values())
 
 
 class RecordFile:

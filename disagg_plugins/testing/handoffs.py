@@ -101,6 +101,10 @@ class RecordingSink:
         """Whether nothing was written."""
         return not self.native and not self.canonical
 
+    def has_layers(self, count: int) -> bool:
+        """Return whether something of ``count`` layers has arrived."""
+        return len({key[0] for key in [*self.native, *self.canonical]}) == count
+
     def layer(self, layer: int) -> bytes:
         """Return everything of one layer in order."""
         pieces = self.native or self.canonical
@@ -126,7 +130,9 @@ class Opened:
             for layer in layers:
                 publication.publish(layer, publication.num_blocks)
 
-    def canonical(self, store: PublicationStore, rank: int, layer: int, first: int, end: int) -> bytes:
+    def canonical(
+        self, store: PublicationStore, rank: int, layer: int, first: int, end: int
+    ) -> bytes:
         """Return what canonical reading of one rank's heads must deliver."""
         layout = store.identity.layout
         heads = (layout.head_start, layout.head_start + layout.num_kv_heads_local)
@@ -266,9 +272,7 @@ class World:
             live = [p for p in store.stats().states.items() if p[1]]
             if store.arena.used_bytes and not live:
                 raise TimeoutError(f"{store.arena.used_bytes} bytes of staging were left")
-        wait_until(
-            lambda: set(threading.enumerate()) <= self._threads, "the end of every thread"
-        )
+        wait_until(lambda: set(threading.enumerate()) <= self._threads, "the end of every thread")
         wait_until(
             lambda: open_descriptors() <= self._descriptors, "the closing of every descriptor"
         )

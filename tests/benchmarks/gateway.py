@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import shutil
 import socket
 import statistics
@@ -40,9 +41,14 @@ REQUEST_S = 60.0
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    while True:  # below the range from which the kernel takes ports of outgoing connections
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def payload(tokens: int, *, stream: bool, prompt: str = PROMPT) -> bytes:

@@ -14,9 +14,9 @@ for folder in (ROOT, ROOT / "adapters", ROOT / "connectors"):
     sys.path.insert(0, str(folder))
 
 import numpy as np  # noqa: E402
+
 from disagg_kv_shm import ShmTransport  # noqa: E402
 from disagg_kv_tcp import TcpTransport  # noqa: E402
-
 from disagg_plugins.handoff.interfaces import Identity  # noqa: E402
 from disagg_plugins.handoff.layouts import KVLayout, ModelFingerprint  # noqa: E402
 from disagg_plugins.handoff.publications import PublicationStore  # noqa: E402

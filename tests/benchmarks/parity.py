@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import parity
 from corpus import prompts
+
 from disagg_vllm.client import complete, first_difference
 from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
 
@@ -111,9 +112,7 @@ def run_case(bed: Testbed, case: Case, texts: list[str]) -> Counter[str]:
     verdicts: Counter[str] = Counter()
     for text in texts:
         # The monolith first: it must not see what the split has cached, nor the reverse.
-        mono = complete(
-            bed.urls["monolith"], text, max_tokens=OUTPUT_TOKENS, model=MODEL_NAME
-        )
+        mono = complete(bed.urls["monolith"], text, max_tokens=OUTPUT_TOKENS, model=MODEL_NAME)
         split = case.send(bed, text, OUTPUT_TOKENS)
         verdict = parity.compare(split, mono)
         verdicts[verdict] += 1

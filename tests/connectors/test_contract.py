@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from disagg_kv_shm import ShmTransport
 from disagg_kv_tcp import TcpTransport
 from disagg_kv_tcp.transport import parse_address
-
 from disagg_plugins.testing.connector_contract import ConnectorContract
 
 if TYPE_CHECKING:

@@ -6,9 +6,12 @@ import asyncio
 import http.client
 import json
 import os
+import random
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,9 +44,15 @@ def eventually(check: Callable[[], object], what: str, deadline_s: float = DEADL
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a port below the range from which the kernel takes those of outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class VllmPlugin:
@@ -115,8 +124,11 @@ class Stack:
         if self._thread.is_alive():
             self.request_stop()
             self._thread.join(DEADLINE_S)
-            left = [repr(task) for task in asyncio.all_tasks(self._loop)]
-            assert not self._thread.is_alive(), f"the gateway did not end: {left}"
+            if self._thread.is_alive():
+                left = [repr(task) for task in asyncio.all_tasks(self._loop)]
+                frame = sys._current_frames().get(self._thread.ident or 0)
+                where = "".join(traceback.format_stack(frame))
+                pytest.fail(f"the gateway did not end: {left}\n{where}")
         if self.error is not None:
             raise self.error
 

@@ -18,9 +18,7 @@ DTYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 def make(order: RowOrder, dtype: str = "bfloat16") -> tuple[KVLayout, np.ndarray]:
     layout = KVLayout(1, 8, 2, HEADS, DIM, dtype, BLOCK, order=order)
-    rows = np.random.default_rng(3).integers(
-        0, 256, (BLOCKS, layout.row_bytes), dtype=np.uint8
-    )
+    rows = np.random.default_rng(3).integers(0, 256, (BLOCKS, layout.row_bytes), dtype=np.uint8)
     return layout, rows
 
 
@@ -99,6 +97,4 @@ def test_ranges_outside_are_refused(change: dict[str, int]) -> None:
 def test_wrong_size_is_refused() -> None:
     layout, rows = make("hctd")
     with pytest.raises(LocalProtocolError, match="multiple"):
-        from_canonical(
-            np.zeros(7, np.uint8), rows, layout, first_token=0, first_head=2, end_head=5
-        )
+        from_canonical(np.zeros(7, np.uint8), rows, layout, first_token=0, first_head=2, end_head=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,7 +19,9 @@ from disagg_plugins.handoff.publications import Publication, PublicationStore
 from disagg_plugins.handoff.staging import StagingArena
 from disagg_plugins.handoff.tickets import Ticket, new_handoff_id
 from disagg_plugins.testing.handoffs import LAYERS, SECRET, WAIT_S, quick_policy, rank_identity
-from disagg_plugins.types import HandoffEvent
+
+if TYPE_CHECKING:
+    from disagg_plugins.types import HandoffEvent
 
 TOKENS_OF_ALL = 2720
 """170 blocks of 16 tokens, 3 layers of 2 KiB rows: all but a page of the 1 MiB arena."""

@@ -18,5 +18,6 @@ else:
     # Importing the engine warns about itself; what our tests do afterwards must not.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import disagg_vllm.connector  # noqa: F401
         import vllm._custom_ops  # noqa: F401
+
+        import disagg_vllm.connector  # noqa: F401

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from disagg_vllm.caches import expand, layer_order, read_axes, runs
-from disagg_vllm.device_port import gather_plain, scatter_plain
 
 from disagg_plugins.errors import UnsupportedEngineError
+from disagg_vllm.caches import expand, layer_order, read_axes, runs
+from disagg_vllm.device_port import gather_plain, scatter_plain
 
 pytestmark = pytest.mark.engine
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from disagg_vllm.compat import cpu_write_block
-from disagg_vllm.packing import discover_packing, packing_from_index
 
 from disagg_plugins.errors import UnsupportedEngineError
+from disagg_vllm.compat import cpu_write_block
+from disagg_vllm.packing import discover_packing, packing_from_index
 
 pytestmark = pytest.mark.engine
 

@@ -21,6 +21,7 @@ from typing import Any
 import parity
 import pytest
 from corpus import prompts
+
 from disagg_vllm.client import AnswerError, Completion, complete
 from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
 
@@ -45,7 +46,9 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
         "gateway": {"prefill_s": 60},
     }
     folder = tmp_path_factory.mktemp("split")
-    with Testbed(folder, MODELS / "SmolLM2-135M-Instruct", servers, flags=FLAGS, policy=policy) as b:
+    with Testbed(
+        folder, MODELS / "SmolLM2-135M-Instruct", servers, flags=FLAGS, policy=policy
+    ) as b:
         yield b
 
 
@@ -64,11 +67,6 @@ def until(condition: Callable[[], bool], what: str, within_s: float = WAIT_S) ->
         time.sleep(0.1)
 
 
-def last_record(bed: Testbed, before: int) -> dict[str, Any]:
-    until(lambda: len(bed.records()) > before, "the record of the request")
-    return bed.records()[-1]
-
-
 def metric(url: str, name: str) -> float:
     """Return the sum of one metric over its labels on a server's own page."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
@@ -77,10 +75,11 @@ def metric(url: str, name: str) -> float:
     return sum(float(m[2]) for m in map(pattern.match, lines) if m)
 
 
-def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-    request = urllib.request.Request(
-        url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+def post(url: str, path: str, body: dict[str, Any], request_id: str = "") -> tuple[int, Any]:
+    headers = {"Content-Type": "application/json"} | (
+        {"X-Request-Id": request_id} if request_id else {}
     )
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, json.load(answer)
@@ -100,9 +99,8 @@ def test_answers_are_the_monoliths(bed: Testbed, send: parity.Send, tokens: int)
 
 
 def test_a_cold_prompt_is_loaded_whole(bed: Testbed) -> None:
-    before = len(bed.records())
-    answer = parity.cold(bed, text_of(500, seed=11), 8)
-    record = last_record(bed, before)
+    answer = parity.cold(bed, text_of(500, seed=11), 8, "whole")
+    record = parity.record_of(bed, "whole")
     handoff = record["handoff"]
     assert record["route"] == "disaggregated"
     assert record["split"] == "yes"
@@ -117,9 +115,8 @@ def test_a_cold_prompt_is_loaded_whole(bed: Testbed) -> None:
 
 
 def test_only_what_the_decode_workers_cache_lacks_is_moved(bed: Testbed) -> None:
-    before, text = len(bed.records()), text_of(700, seed=12)
-    answer = parity.partly_cached(bed, text, 8)
-    handoff = last_record(bed, before)["handoff"]
+    answer = parity.partly_cached(bed, text_of(700, seed=12), 8, "partly")
+    handoff = parity.record_of(bed, "partly")["handoff"]
     prompt_tokens = answer.usage["prompt_tokens"]
     assert handoff["tokens_local"] >= 128
     assert handoff["tokens_local"] % 128 == 0
@@ -130,9 +127,8 @@ def test_only_what_the_decode_workers_cache_lacks_is_moved(bed: Testbed) -> None
 
 
 def test_a_short_prompt_stays_local(bed: Testbed) -> None:
-    before = len(bed.records())
-    complete(bed.gateway_url, "The capital of France is", max_tokens=4, model=MODEL_NAME)
-    record = last_record(bed, before)
+    parity.cold(bed, "The capital of France is", 4, "short")
+    record = parity.record_of(bed, "short")
     assert record["route"] == "local"
     assert record["handoff"] is None
 
@@ -161,9 +157,7 @@ def test_a_chat_answers_like_the_monolith_and_usage_is_right(bed: Testbed, strea
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/chat/completions", json.dumps(body | options), headers)
     events = [
-        json.loads(line[6:])
-        for line in connection.getresponse()
-        if line.startswith(b"data: {")
+        json.loads(line[6:]) for line in connection.getresponse() if line.startswith(b"data: {")
     ]
     connection.close()
     said = "".join(c["delta"].get("content") or "" for e in events for c in e["choices"])
@@ -172,12 +166,11 @@ def test_a_chat_answers_like_the_monolith_and_usage_is_right(bed: Testbed, strea
 
 
 def test_what_cannot_be_split_is_served_locally(bed: Testbed) -> None:
-    before = len(bed.records())
     body = {"model": MODEL_NAME, "prompt": text_of(200, seed=14), "max_tokens": 4, "n": 2}
-    status, answer = post(bed.gateway_url, "/v1/completions", body)
+    status, answer = post(bed.gateway_url, "/v1/completions", body, "two")
     assert status == 200
     assert len(answer["choices"]) == 2
-    record = last_record(bed, before)
+    record = parity.record_of(bed, "two")
     assert record["route"] == "local"
     assert "n" in record["why"]
 
@@ -223,8 +216,7 @@ def test_a_client_that_goes_away_stops_the_work_on_both_sides(
     }
     parts = bed.gateway_url.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(parts[0], int(parts[1]), timeout=120)
-    headers = {"Content-Type": "application/json"}
-    before = len(bed.records())
+    headers = {"Content-Type": "application/json", "X-Request-Id": f"gone-{after_chunks}"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
     if after_chunks:
         answer = connection.getresponse()
@@ -237,7 +229,7 @@ def test_a_client_that_goes_away_stops_the_work_on_both_sides(
     if connection.sock is not None:
         connection.sock.close()
     until(lambda: running(bed) == 0, "both workers to be idle")
-    assert last_record(bed, before)["client_gone"]
+    assert parity.record_of(bed, f"gone-{after_chunks}")["client_gone"]
 
 
 def expired(bed: Testbed) -> float:
@@ -273,9 +265,7 @@ def test_a_handoff_is_taken_once(bed: Testbed) -> None:
 
 
 @pytest.mark.parametrize("forged", ["AAAA", "%%%", "x" * 900])
-def test_a_forged_ticket_is_counted_and_served_without_a_handoff(
-    bed: Testbed, forged: str
-) -> None:
+def test_a_forged_ticket_is_counted_and_served_without_a_handoff(bed: Testbed, forged: str) -> None:
     before = metric(bed.urls["prefill"], "vllm:disagg_rejected_total")
     record, _ = parity.prefill(bed, "A prompt with a forged ticket. " * 5, ticket=forged)
     assert record == {}
@@ -314,24 +304,22 @@ def engine_processes(bed: Testbed, name: str) -> list[Any]:
 def test_prefill_killed_during_a_prompt_is_computed_by_decode(bed: Testbed) -> None:
     text = text_of(1200, seed=21)
     expected = monolith(bed, text, 16)
-    before = len(bed.records())
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(parity.cold, bed, text, 16)
+        answer = pool.submit(parity.cold, bed, text, 16, "killed")
         until(lambda: metric(bed.urls["prefill"], "vllm:num_requests_running") > 0, "the prefill")
         for process in engine_processes(bed, "prefill"):
             os.kill(process.pid, signal.SIGKILL)
         assert parity.compare(answer.result(timeout=90), expected) != "different"
-    record = last_record(bed, before)
+    record = parity.record_of(bed, "killed")
     assert record["failures"] or record["retries"]
     assert record["split"] != "yes"
 
 
 def test_requests_stay_local_while_no_prefill_worker_lives(bed: Testbed) -> None:
     text = text_of(400, seed=22)
-    before = len(bed.records())
-    assert parity.compare(parity.cold(bed, text, 8), monolith(bed, text, 8)) != "different"
-    record = last_record(bed, before)
-    assert record["split"] != "yes"
+    answer = parity.cold(bed, text, 8, "alone")
+    assert parity.compare(answer, monolith(bed, text, 8)) != "different"
+    assert parity.record_of(bed, "alone")["split"] != "yes"
 
 
 def test_decode_killed_during_an_answer_ends_the_stream_with_an_error(bed: Testbed) -> None:

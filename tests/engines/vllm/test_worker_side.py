@@ -10,15 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+
 from disagg_kv_shm.transport import ShmTransport
 from disagg_kv_tcp.transport import TcpTransport
-from disagg_vllm.caches import HostCaches
-from disagg_vllm.compat import cpu_write_block
-from disagg_vllm.host_port import HostPort
-from disagg_vllm.packing import Packing, discover_packing
-from disagg_vllm.steps import LoadStep, PublishStep, StepPlan
-from disagg_vllm.worker_side import WorkerSide
-
 from disagg_plugins.handoff.endpoints import local_host_id, to_json
 from disagg_plugins.handoff.interfaces import Endpoint, Identity
 from disagg_plugins.handoff.layouts import KVLayout, ModelFingerprint
@@ -28,6 +22,12 @@ from disagg_plugins.handoff.shards import head_range
 from disagg_plugins.handoff.staging import StagingArena
 from disagg_plugins.handoff.tickets import mint, new_handoff_id, verify
 from disagg_plugins.policy import HandoffPolicy
+from disagg_vllm.caches import HostCaches
+from disagg_vllm.compat import cpu_write_block
+from disagg_vllm.host_port import HostPort
+from disagg_vllm.packing import Packing, discover_packing
+from disagg_vllm.steps import LoadStep, PublishStep, StepPlan
+from disagg_vllm.worker_side import WorkerSide
 
 pytestmark = pytest.mark.engine
 
@@ -135,9 +135,7 @@ class Workers:
         listeners = {
             n: t.listen(store, identity, secret=secret, policy=policy) for n, t in offered.items()
         }
-        reader = HandoffReader(
-            identity=identity, transports=offered, policy=policy, secret=secret
-        )
+        reader = HandoffReader(identity=identity, transports=offered, policy=policy, secret=secret)
         side = WorkerSide(
             layer_names=[f"layers.{i}" for i in range(LAYERS)],
             port=port,
