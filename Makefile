@@ -45,7 +45,7 @@ UV_READY := $(if $(UV_ON_PATH),,$(TOOLS)/bin/uv)
 
 PACKAGE_FILES := pyproject.toml disagg_plugins/__init__.py
 
-.PHONY: help dev vllm model model-tests lint test-quick test test-engine test-wheel demo bench clean python
+.PHONY: help dev vllm model model-tests lint test-quick test test-engine test-wheel demo bench bench-name clean python
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,9 +90,11 @@ $(VLLM)/.ready: $(VLLM)/.engine-$(VLLM_VERSION) $(PACKAGE_FILES)
 	"$(UV)" pip install --quiet --python $(VLLM)/bin/python --compile-bytecode --editable . --group test
 	@touch $@
 
+# NIXL names torch as a requirement but imports it only where it is handed tensors: 5 GB saved.
 $(BENCH)/.ready: $(PACKAGE_FILES) $(UV_READY) | python
 	test -x $(BENCH)/bin/python || "$(UV)" venv --quiet --python "$(PYTHON)" $(BENCH)
-	"$(UV)" pip install --quiet --python $(BENCH)/bin/python --editable . --group bench
+	@printf '%s\n' "torch; sys_platform == 'never'" > $(BENCH)/overrides.txt
+	"$(UV)" pip install --quiet --python $(BENCH)/bin/python --override $(BENCH)/overrides.txt --editable . --group bench
 	@touch $@
 
 # --- model ------------------------------------------------------------------------------------
@@ -147,12 +149,14 @@ test: test-quick test-wheel test-engine ## Run every test, the real-engine suite
 demo: model ## Split a real model over two real vLLM workers and compare with one: writes demo.json.
 	$(VLLM)/bin/python tests/demo.py --model $(MODEL) --out demo.json
 
-BENCH_PYTHON := $(if $(filter gateway handoff,$(NAME)),$(BENCH),$(VLLM))/bin/python
-BENCH_NEEDS := $(if $(NAME),$(if $(filter gateway handoff,$(NAME)),$(BENCH)/.ready,model-tests))
+BENCHMARKS := handoff gateway parity interference
+BENCH_IN_VLLM := $(filter parity interference,$(NAME))
 
-bench: $(BENCH_NEEDS) ## Measure: make bench NAME=handoff|gateway|parity|interference [ARGS=...].
-	@test -f "tests/benchmarks/$(NAME).py" || { echo "make bench: NAME is one of:" $(basename $(notdir $(wildcard tests/benchmarks/*.py))) >&2; exit 2; }
-	$(BENCH_PYTHON) tests/benchmarks/$(NAME).py $(ARGS)
+bench-name:
+	@[ -n "$(filter $(BENCHMARKS),$(NAME))" ] || { echo "make bench: NAME is one of: $(BENCHMARKS)" >&2; exit 2; }
+
+bench: bench-name $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=handoff|gateway|parity|interference [ARGS=...].
+	$(if $(BENCH_IN_VLLM),$(VLLM),$(BENCH))/bin/python tests/benchmarks/$(NAME).py $(ARGS)
 
 clean: ## Remove what the targets above made: environments, models, caches.
 	rm -rf .venvs .models .run dist build demo.json .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -23,6 +24,8 @@ from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy import Policy, load_policy
 from disagg_plugins.telemetry.metrics import COUNTERS, HISTOGRAMS
 from disagg_plugins.telemetry.records import HandoffRecord
+from disagg_vllm.plugin import CONNECTOR
+from disagg_vllm.settings import KEYS
 from tests.doc_blocks import PAGES, ROOT, blocks, commands
 
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
@@ -271,10 +274,38 @@ def test_the_guides_gpu_commands_differ_from_the_executed_ones_in_the_words_it_n
     assert len(servers("gpu")) == 3
 
 
+def texts_of_the_code():
+    """Return every text of the sources, with a mark where a value is put in."""
+    for folder in SOURCES:
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (getattr(part, "value", None) for part in node.values)
+                    yield "".join(p if isinstance(p, str) else "\0" for p in parts)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+@pytest.mark.skipif(not (ROOT / "adapters").exists(), reason="the wheel is tested alone")
+def test_what_the_guide_lets_doctor_say_stands_in_the_code() -> None:
+    text = (ROOT / "migration_guides" / "vllm.md").read_text()
+    table = text.partition("| --- | --- | --- |\n")[2]
+    said = [word for row in table.splitlines() for word in CODE.findall(row.split(" | ")[1])]
+    pieces = {piece.strip(" ()") for word in said for piece in re.split(r"\.\.\.|\bN\b", word)}
+    texts = list(texts_of_the_code())
+    assert len(said) > 8
+    assert [p for p in pieces if not any(p in text for text in texts)] == []
+
+
 def test_shell_blocks_of_the_guide_are_executed_or_marked_as_not() -> None:
     for block in blocks(ROOT / "migration_guides" / "vllm.md"):
         assert block.language != "bash" or block.use in ("run", "gpu"), block.line
 
 
-def test_the_lead_of_the_measurements_is_in_the_readme() -> None:
-    assert (ROOT / "README.md").read_text().count("<!-- measured -->") == 1
+@pages
+def test_the_engine_flag_is_one_that_the_connector_understands(page) -> None:
+    for text in re.findall(r"--kv-transfer-config '([^']+)'", page.read_text()):
+        flag = json.loads(text)
+        assert flag["kv_connector"] == CONNECTOR
+        assert flag["kv_role"] == "kv_both"
+        assert set(flag["kv_connector_extra_config"]) <= set(KEYS)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from disagg_plugins.errors import DisaggError
+from disagg_plugins.errors import DisaggError, UnsupportedEngineError
 from disagg_vllm.params import HandoffParams, answer_params, read_params
 from disagg_vllm.steps import (
     LoadResult,
@@ -138,6 +138,11 @@ class SchedulerSide:
             if params is None:
                 return
             handoff_id = self._verify(params.ticket)
+            if getattr(request, "lora_request", None) is not None:
+                raise UnsupportedEngineError(
+                    "the request uses a LoRA adapter, and adapters are not part of what the two "
+                    "workers compare; it is not split"
+                )
         except DisaggError as error:
             self.counts["rejected"] += 1
             logger.warning("request %s runs without a handoff: %s", request_id, error)

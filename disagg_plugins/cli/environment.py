@@ -29,6 +29,8 @@ OPEN_FILES_A_REQUEST = 3
 """The client's connection, and one to each of the two workers."""
 
 ANSWER_S = 3.0
+HTTP_OK = 200
+ANY_ADDRESS = ("0.0.0.0", "::")
 MAX_ANSWER_BYTES = 1 << 20
 MIB = 1 << 20
 
@@ -60,6 +62,7 @@ class EnvironmentCheck:
             yield self._secret(context.policy, context.policy_path.parent)
             yield self._open_files(context.policy)
             yield self._memory(context.policy)
+            yield from judge_gateway_port(context.policy)
 
     def _secret(self, policy: Policy, base: Path) -> Finding:
         try:
@@ -101,6 +104,27 @@ class EnvironmentCheck:
         if staging_bytes * 2 > available_bytes:
             return Finding(Level.WARNING, "memory", detail, "lower handoff.staging_bytes")
         return Finding(Level.OK, "memory", detail)
+
+
+def judge_gateway_port(policy: Policy) -> Iterator[Finding]:
+    """Yield a finding if something listens on the gateway's port."""
+    host, port = policy.gateway.host, policy.gateway.port
+    url = f"http://{'127.0.0.1' if host in ANY_ADDRESS else host}:{port}"
+    try:
+        status, _ = get_json(url, "/internal/status")
+    except OSError:
+        return
+    except HTTPException:
+        status = 0
+    if status == HTTP_OK:
+        yield Finding(Level.OK, "gateway", f"runs at {url}; ask it with --live {url}")
+    else:
+        yield Finding(
+            Level.PROBLEM,
+            "gateway",
+            f"{url} is in use by something that is not this project's gateway",
+            "end that program, or choose another gateway.port",
+        )
 
 
 def get_json(url: str, path: str) -> tuple[int, Any]:

@@ -80,15 +80,23 @@ def _run(command: Command, args: argparse.Namespace, errors: TextIO) -> int:
         # The reader of our output went away (`disagg ... | head`): no more output, no traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except Exception as problem:
+    except Exception as raised:
         if args.debug:
             traceback.print_exc(file=errors)
+        problem = _innermost(raised)
         if isinstance(problem, DisaggError):
             print(f"disagg: error: {problem}", file=errors)
             return EXIT_CONFIG if isinstance(problem, ConfigError) else EXIT_FAILED
         hint = "" if args.debug else " (--debug shows where)"
         print(f"disagg: internal error: {type(problem).__name__}: {problem}{hint}", file=errors)
         return EXIT_INTERNAL
+
+
+def _innermost(problem: Exception) -> Exception:
+    """Return the one error inside groups of one, which task groups wrap around it."""
+    while isinstance(problem, ExceptionGroup) and len(problem.exceptions) == 1:
+        problem = problem.exceptions[0]
+    return problem
 
 
 if __name__ == "__main__":

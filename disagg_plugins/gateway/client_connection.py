@@ -102,12 +102,12 @@ class ClientConnection(asyncio.Protocol):
         self._gateway.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._gateway.connections.discard(self)
         self._last = True
         self._request = None
         answering, self._answering = self._answering, None
         if answering is not None:
             answering.client_gone()
+        self._gateway.left(self)
 
     def pause_writing(self) -> None:
         if self._answering is not None:
@@ -273,9 +273,7 @@ class ClientConnection(asyncio.Protocol):
         if request is None:
             return
         close = self._closes(request)
-        head = answer_head(
-            status, lines, length_bytes=len(body), chunked=False, close=close
-        )
+        head = answer_head(status, lines, length_bytes=len(body), chunked=False, close=close)
         self._send(head if request.method == b"HEAD" else head + body)
         self._answered()
 

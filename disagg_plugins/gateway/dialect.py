@@ -7,9 +7,10 @@ Bodies are JSON objects; a dialect returns new ones and leaves its arguments as 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from disagg_plugins.types import Family, HandoffId, Worker
+if TYPE_CHECKING:
+    from disagg_plugins.types import Family, HandoffId, Worker
 
 Body = dict[str, object]
 """A JSON object."""

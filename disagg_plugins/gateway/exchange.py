@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from disagg_plugins.errors import RemoteProtocolError
+from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
-from disagg_plugins.gateway.dialect import HandoffRef
 from disagg_plugins.gateway.openai import error_body
 from disagg_plugins.gateway.sse import SseObserver, read_answer
 from disagg_plugins.gateway.timeline import Timeline
@@ -27,6 +26,7 @@ from disagg_plugins.types import Decision, Disaggregated, Worker
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.client_connection import ClientConnection
+    from disagg_plugins.gateway.dialect import HandoffRef
     from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.gateway.wire import Header
@@ -80,8 +80,6 @@ class Exchange:
         self._first = b""
         self._whole = False
         self._slow = False
-        self._raw: Callable[[bytes], None] | None = None
-        self._idle_s = gateway.policy.gateway.idle_s
         self.prefill_deadline_s = FOREVER
         self.decode_deadline_s = FOREVER
         self.record = RequestRecord(
@@ -135,6 +133,11 @@ class Exchange:
             self._do(self._flow.on(f.PrefillFailed("timeout", detail)))
         if now_s <= self.decode_deadline_s:
             return
+        if self._flow.state is f.State.STREAM and not self._slow:
+            # chunks on the fast path do not move the deadline one by one
+            self.decode_deadline_s = self._times.last_s + policy.idle_s
+            if now_s <= self.decode_deadline_s:
+                return
         self.decode_deadline_s = FOREVER
         if self._slow:
             log.warning("request %s: the client stopped reading", self.record.request_id)
@@ -174,26 +177,29 @@ class Exchange:
         elif self._flow.state is not f.State.STREAM:
             self._keep(call, data, MAX_WHOLE_BYTES)
             return
-        self._times.chunk(now_s)
+        self._times.stamp(now_s)
         if self._flow.state is f.State.STREAM:
             self._client.write(data)
         else:
             self._first = data
             self._do(self._flow.on(f.DecodeStarted()))
 
-    def _pass_chunk(self, data: bytes) -> None:
-        """Forward one chunk of whole events as it came; the hot path of every stream."""
-        sse, raw = self._sse, self._raw
-        if sse is None or raw is None or sse.held:
-            call = self._calls["decode"]
-            self.call_data(call, data[data.find(b"\r\n") + 2 : -2])
-            return
-        raw(data)
-        now_s = monotonic()
-        if not self._slow:
-            self.decode_deadline_s = now_s + self._idle_s
-        self._times.chunk(now_s)
-        sse.passed(data)
+    def _chunk_taker(self, send: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        """Return what forwards one chunk of whole events as it came: the hot path of streams."""
+        sse, stamp = self._sse, self._times.stamp
+        if sse is None:
+            raise LocalProtocolError("only streams have a fast path")
+        keep = sse.keep
+
+        def take(data: bytes) -> None:
+            if sse.part:
+                self.call_data(self._calls["decode"], data[data.find(b"\r\n") + 2 : -2])
+                return
+            send(data)
+            stamp(monotonic())
+            keep(data)
+
+        return take
 
     def _keep(self, call: Call, data: bytes, bound_bytes: int) -> None:
         side = call.side
@@ -204,7 +210,7 @@ class Exchange:
         if side == "decode" and self._status[side] == 200:
             self._first = b"".join(self._bodies[side])
             self._bodies[side] = []
-            self._times.chunk(time.monotonic())
+            self._times.stamp(monotonic())
             self._do(self._flow.on(f.DecodeStarted()))
             return
         call.cancel()
@@ -276,7 +282,7 @@ class Exchange:
         self.record.prompt_tokens = said.prompt_tokens
         self.record.output_tokens = said.output_tokens
         self._first, self._whole = body, True
-        self._times.chunk(time.monotonic())
+        self._times.stamp(monotonic())
         self._succeeded("decode")
         self._do(self._flow.on(f.DecodeStarted()))
         self._do(self._flow.on(f.DecodeEnded()))
@@ -360,9 +366,9 @@ class Exchange:
         else:
             self._client.start(200, lines, self._first)
             self._touch(time.monotonic())
-            self._raw = self._client.raw_writer
-            if self._sse is not None and self._raw is not None:
-                self._calls["decode"].pass_chunks(self._pass_chunk)
+            send = self._client.raw_writer
+            if self._sse is not None and send is not None:
+                self._calls["decode"].pass_chunks(self._chunk_taker(send))
         self._first = b""
 
     def _lines(self, headers: list[Header]) -> bytes:
@@ -440,7 +446,6 @@ class Exchange:
         self._gateway.finished(self, self._times, self._ref)
         self._bodies.clear()
         self._calls.clear()
-        self._raw = None
 
 
 _EXECUTE = {
@@ -456,4 +461,3 @@ _EXECUTE = {
     f.Note: Exchange._note,
     f.Finish: Exchange._finish,
 }
-

@@ -166,9 +166,7 @@ class FleetState:
 
     def pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
         """Return why these two cannot share a handoff, or None."""
-        problem = pair_problem(
-            self.dialects.get(prefill.engine), self.dialects.get(decode.engine)
-        )
+        problem = pair_problem(self.dialects.get(prefill.engine), self.dialects.get(decode.engine))
         if problem is not None:
             return problem
         ours, theirs = (self.states[w.name].hello for w in (prefill, decode))

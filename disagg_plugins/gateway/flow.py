@@ -23,10 +23,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from disagg_plugins.errors import LocalProtocolError
-from disagg_plugins.types import Family
+
+if TYPE_CHECKING:
+    from disagg_plugins.types import Family
 
 Side = Literal["prefill", "decode"]
 
@@ -348,9 +350,7 @@ class Flow:
         note = Note("decode", event.kind, event.detail)
         return [note, Cancel("decode"), *self._cancel_prefill(), self._error(), Finish("error")]
 
-    def _retry(
-        self, kind: str, detail: str, *, elsewhere: bool, else_same: bool
-    ) -> list[Command]:
+    def _retry(self, kind: str, detail: str, *, elsewhere: bool, else_same: bool) -> list[Command]:
         if self.handoff:
             self.fell_back = f"decode {kind}"
         self.retries += 1

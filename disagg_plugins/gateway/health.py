@@ -66,7 +66,9 @@ async def fetch(pool: WorkerPool, path: bytes, *, timeout_s: float) -> tuple[int
         async with asyncio.timeout(timeout_s):
             return await listener.done
     except TimeoutError as exc:
-        raise TransportError("timeout", f"no answer to GET {path.decode()} within {timeout_s:g} s") from exc
+        raise TransportError(
+            "timeout", f"no answer to GET {path.decode()} within {timeout_s:g} s"
+        ) from exc
     finally:
         if not call.ended:
             call.cancel()
@@ -97,7 +99,7 @@ class Prober:
         self.cards: dict[str, object] = {}
 
     async def run(self) -> None:
-        """Probe until cancelled; each worker at its own pace, so that a slow one delays no other."""
+        """Probe until cancelled; each worker at its own pace: a slow one delays no other."""
         async with asyncio.TaskGroup() as tasks:
             for worker in self._fleet.workers:
                 tasks.create_task(self._watch(worker))

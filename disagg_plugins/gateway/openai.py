@@ -168,9 +168,7 @@ def _chat_tokens(body: dict[str, object], chars_per_token: float) -> int:
     """Estimate the tokens of a chat prompt from the text of its messages and tools."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise RequestError(
-            400, "messages must be a list of at least one message", param="messages"
-        )
+        raise RequestError(400, "messages must be a list of at least one message", param="messages")
     chars = 0
     for message in messages:
         if not isinstance(message, dict):

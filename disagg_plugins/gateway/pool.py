@@ -10,10 +10,13 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from disagg_plugins.gateway.upstream import Call, UpstreamConnection
-from disagg_plugins.types import Worker
+
+if TYPE_CHECKING:
+    from disagg_plugins.types import Worker
 
 MAX_IDLE_S = 30.0
 """Free connections are closed after this; most servers close them after 5 s."""

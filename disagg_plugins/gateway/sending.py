@@ -7,8 +7,11 @@ order and back-pressure stay what they are.
 
 from __future__ import annotations
 
-import asyncio
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Sender:

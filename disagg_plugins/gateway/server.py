@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Protocol
 from disagg_plugins.errors import DisaggError, NoCapacityError
 from disagg_plugins.gateway import endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
-from disagg_plugins.gateway.dialect import HandoffRef
 from disagg_plugins.gateway.exchange import Exchange
 from disagg_plugins.gateway.fleet import FleetState
 from disagg_plugins.gateway.health import Prober
@@ -30,15 +30,14 @@ from disagg_plugins.gateway.pool import WorkerPool
 from disagg_plugins.gateway.wire import request_id, upstream_headers
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
-from disagg_plugins.telemetry.records import RequestRecord
 from disagg_plugins.telemetry.reports import report_key
 from disagg_plugins.types import Decision, Disaggregated, FleetView, Local, RequestProfile, Worker
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.dialect import Dialect
+    from disagg_plugins.gateway.dialect import Dialect, HandoffRef
     from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.policy import Policy
-    from disagg_plugins.telemetry.records import RecordFile
+    from disagg_plugins.telemetry.records import RecordFile, RequestRecord
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +48,8 @@ FLUSH_S = 0.5
 """How often records are written."""
 
 POOL_SWEEP_S = 5.0
+CLOSING_S = 1.0
+"""How long the end waits for sockets that were told to close."""
 
 
 class Decides(Protocol):
@@ -105,9 +106,7 @@ class Gateway:
         )
         self._tasks = tasks
         connect_s = policy.gateway.connect_s
-        self.pools = {
-            w.name: WorkerPool(w, self._spawn, connect_s=connect_s) for w in workers
-        }
+        self.pools = {w.name: WorkerPool(w, self._spawn, connect_s=connect_s) for w in workers}
         self.prober = Prober(
             self.fleet,
             self.pools,
@@ -121,6 +120,7 @@ class Gateway:
         self.active: set[Exchange] = set()
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
+        self._changed = asyncio.Event()
         self._scheduler = parts.scheduler
         self._records = parts.records
         self._told_problems: set[str] = set()
@@ -298,6 +298,7 @@ class Gateway:
     def finished(self, exchange: Exchange, times: Timeline, ref: HandoffRef | None) -> None:
         """A request is over: count it, and record it once the reports are there."""
         self.active.discard(exchange)
+        self._changed.set()
         now_s = time.monotonic()
         record = exchange.record
         times.fill(record, self.metrics, now_s)
@@ -325,9 +326,7 @@ class Gateway:
     def tick_s(self) -> float:
         """Return how often deadlines are looked at: a quarter of the shortest, within bounds."""
         policy = self.policy.gateway
-        shortest_s = min(
-            policy.prefill_s, policy.first_byte_s, policy.idle_s, policy.client_idle_s
-        )
+        shortest_s = min(policy.prefill_s, policy.first_byte_s, policy.idle_s, policy.client_idle_s)
         return min(0.25, max(0.02, min(shortest_s, self.policy.telemetry.report_wait_s) / 4))
 
     async def watch(self) -> None:
@@ -358,19 +357,30 @@ class Gateway:
                 flush_at_s = now_s + FLUSH_S
                 await asyncio.to_thread(self._records.flush)
 
+    def left(self, client: ClientConnection) -> None:
+        """A client connection is closed."""
+        self.connections.discard(client)
+        self._changed.set()
+
+    async def _until(self, done: Callable[[], bool], end_s: float) -> None:
+        """Wait until ``done``, at most until ``end_s``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, end_s - time.monotonic())):
+                while not done():
+                    self._changed.clear()
+                    await self._changed.wait()
+
     async def drain(self) -> None:
         """Let open requests end, within ``drain_s``; then close everything."""
         self.draining = True
+        await asyncio.sleep(0.01)  # connections may have been accepted that are not made yet
         for client in list(self.connections):
             client.close()
         end_s = time.monotonic() + self.policy.gateway.drain_s
-        while self.active and time.monotonic() < end_s:
-            await asyncio.sleep(0.02)
+        await self._until(lambda: not self.active, end_s)
         for client in list(self.connections):
             client.transport.abort()
-        await asyncio.sleep(0)
-        while self.connections and time.monotonic() < end_s + 1.0:
-            await asyncio.sleep(0.005)
+        await self._until(lambda: not self.connections, time.monotonic() + CLOSING_S)
         for pool in self.pools.values():
             pool.close()
         self.ledger.settle_all()

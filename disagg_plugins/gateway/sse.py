@@ -7,6 +7,7 @@ at the end, and only the last few reads of the stream.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import msgspec
@@ -40,52 +41,44 @@ class StreamEnd:
 class SseObserver:
     """Watches one stream."""
 
-    __slots__ = ("_held", "_last", "_older", "_oldest", "done", "events")
+    __slots__ = ("done", "keep", "part", "recent")
 
     def __init__(self) -> None:
-        self._held = b""
-        self._last = b""
-        self._older = b""
-        self._oldest = b""
-        self.events = 0
+        self.part = b""  # an unfinished event that is held back
         self.done = False
+        self.recent: deque[bytes] = deque(maxlen=3)
+        self.keep = self.recent.append  # notes whole events that are forwarded without ``feed``
 
     def feed(self, data: bytes) -> bytes:
         """Take received bytes; return what may be forwarded now, perhaps nothing."""
-        if self._held:
-            data = self._held + data
-            self._held = b""
+        if self.part:
+            data = self.part + data
+            self.part = b""
         if not data.endswith((b"\n\n", b"\r\n\r\n")):
             end = _last_boundary(data)
             if len(data) - end <= MAX_HELD_BYTES:
-                self._held = data[end:]
+                self.part = data[end:]
                 data = data[:end]
                 if not data:
                     return data
-        self.events += data.count(b"\n\n") + data.count(b"\r\n\r\n")
-        self._oldest, self._older, self._last = self._older, self._last, data
+        self.keep(data)
         if not self.done and DONE in data[-32:]:
             self.done = True
         return data
 
-    def passed(self, data: bytes) -> None:
-        """Note whole events that were forwarded without ``feed``, chunk framing and all."""
-        self.events += 1
-        self._oldest, self._older, self._last = self._older, self._last, data
-
     @property
     def held(self) -> bool:
         """Whether part of an event is being held back."""
-        return bool(self._held)
+        return bool(self.part)
 
     def rest(self) -> bytes:
         """Return what is still held (an unfinished event) and forget it."""
-        rest, self._held = self._held, b""
+        rest, self.part = self.part, b""
         return rest
 
     def end(self) -> StreamEnd:
         """Read finish reason, usage and errors from the last events."""
-        text = self._oldest + self._older + self._last
+        text = b"".join(self.recent)
         finish: str | None = None
         prompt = output = None
         error: str | None = None
@@ -116,9 +109,7 @@ def read_answer(data: bytes) -> StreamEnd:
         return StreamEnd()
     if not isinstance(event, dict):
         return StreamEnd()
-    return StreamEnd(
-        _finish(event), *_usage(event.get("usage")), _error(event.get("error"))
-    )
+    return StreamEnd(_finish(event), *_usage(event.get("usage")), _error(event.get("error")))
 
 
 def _finish(event: dict[str, object]) -> str | None:

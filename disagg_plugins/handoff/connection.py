@@ -94,6 +94,7 @@ class Connection:
         self._secret = secret
         self._policy = policy
         self._delivery = delivery
+        self.shut_already = False
         self._claimed: Publication | None = None
         self._decode_rank = 0
 
@@ -104,6 +105,7 @@ class Connection:
 
     def shut(self) -> None:
         """Make the serving thread end soon; callable from any thread."""
+        self.shut_already = True
         self._wire.shut()
 
     def close(self) -> None:

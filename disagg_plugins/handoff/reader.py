@@ -108,16 +108,8 @@ class HandoffReader:
         if not 0 <= first_token < end_token:
             raise LocalProtocolError(f"tokens [{first_token}, {end_token}) cannot be loaded")
         check_complete(endpoints)
-        load = Load(
-            handoff_id,
-            ticket,
-            self._identity.layout,
-            first_token,
-            end_token,
-            sink,
-            self._policy.load_s,
-            started_s,
-        )
+        layout, load_s = self._identity.layout, self._policy.load_s
+        load = Load(handoff_id, ticket, layout, first_token, end_token, sink, load_s, started_s)
         try:
             for source in self._sources(endpoints):
                 endpoint = endpoints[source.tp_rank]
@@ -130,24 +122,7 @@ class HandoffReader:
             raise
         for part in load.parts:
             self._pool.give(part.key, part.channel)
-        report = LoadReport(
-            HandoffId(handoff_id),
-            "+".join(sorted({part.key[0] for part in load.parts})),
-            load.form,
-            end_token - first_token,
-            load.payload_bytes,
-            time.monotonic() - started_s,
-        )
-        self._tell(
-            handoff_id,
-            "loaded",
-            tokens=report.num_tokens,
-            bytes=report.payload_bytes,
-            seconds=report.seconds,
-            transport=report.transport,
-            form=report.form,
-        )
-        return report
+        return self._report(load)
 
     def release(
         self, handoff_id: str, ticket: str, endpoints: Sequence[Endpoint], *, failed: str = ""
@@ -179,6 +154,26 @@ class HandoffReader:
     def close(self) -> None:
         """Close the idle channels; loads that still run close theirs when they end."""
         self._pool.close()
+
+    def _report(self, load: Load) -> LoadReport:
+        report = LoadReport(
+            HandoffId(load.handoff_id),
+            "+".join(sorted({part.key[0] for part in load.parts})),
+            load.form,
+            load.end_token - load.first_token,
+            load.payload_bytes,
+            time.monotonic() - load.started_s,
+        )
+        self._tell(
+            load.handoff_id,
+            "loaded",
+            tokens=report.num_tokens,
+            bytes=report.payload_bytes,
+            seconds=report.seconds,
+            transport=report.transport,
+            form=report.form,
+        )
+        return report
 
     def _sources(self, endpoints: Sequence[Endpoint]) -> tuple[Source, ...]:
         return sources_of(

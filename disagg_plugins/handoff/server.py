@@ -137,17 +137,20 @@ class SocketListener:
             transport=self._transport,
         )
         with self._lock:
-            full = len(self._connections) >= self._policy.max_connections
-            strangers = [c for c in self._connections if not c.authenticated] if full else []
-            if full and not strangers:
+            # A stranger that was shut counts until its thread has ended, which takes a moment:
+            # up to twice the bound may be open for that long, never more.
+            bound = self._policy.max_connections
+            full = len(self._connections) >= bound
+            strangers = [c for c in self._connections if not c.authenticated and not c.shut_already]
+            if full and (not strangers or len(self._connections) >= 2 * bound):
                 logger.warning(
                     "%s listener refuses a connection: all %d are taken (handoff.max_connections)",
                     self._transport,
-                    self._policy.max_connections,
+                    bound,
                 )
                 connection.close()
                 return
-            if strangers:
+            if full:
                 strangers[0].shut()
             thread = threading.Thread(
                 target=self._serve,

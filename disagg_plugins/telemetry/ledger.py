@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from disagg_plugins.telemetry.metrics import Metrics
 from disagg_plugins.telemetry.records import HandoffRecord, RequestRecord
+
+if TYPE_CHECKING:
+    from disagg_plugins.telemetry.metrics import Metrics
 
 MAX_TEXT_CHARS = 300
 """Words of a report are cut to this length."""
@@ -142,7 +145,8 @@ def _outcome(entry: _Entry, record: RequestRecord) -> str:
     if record.outcome == "client_gone":
         return "cancelled"
     if record.failures or record.outcome == "rejected":
-        return "not_published" if record.failures and record.failures[0].side == "prefill" else "abandoned"
+        early = bool(record.failures) and record.failures[0].side == "prefill"
+        return "not_published" if early else "abandoned"
     return "unknown"
 
 
@@ -159,7 +163,9 @@ def _loaded(entry: _Entry, report: Mapping[str, object]) -> None:
     handoff.bytes += _int(report, "bytes")
     handoff.tokens_loaded = max(handoff.tokens_loaded, _int(report, "num_tokens"))
     handoff.tokens_local = max(handoff.tokens_local, _int(report, "tokens_local"))
-    handoff.tokens_recomputed = max(handoff.tokens_recomputed or 0, _int(report, "tokens_recomputed"))
+    handoff.tokens_recomputed = max(
+        handoff.tokens_recomputed or 0, _int(report, "tokens_recomputed")
+    )
     handoff.transport = _text(report, "transport") or handoff.transport
     handoff.form = _text(report, "form") or handoff.form
     handoff.load_s = max(handoff.load_s or 0.0, _number(report, "seconds"))

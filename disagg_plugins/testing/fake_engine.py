@@ -161,9 +161,10 @@ class FakeEngine:
             await self._stop.wait()
         finally:
             server.close()
-            for connection in list(self.connections):
-                connection.transport.abort()
-            await asyncio.sleep(0)
+            for _ in range(3):  # connections may have been accepted that are not made yet
+                for connection in list(self.connections):
+                    connection.transport.abort()
+                await asyncio.sleep(0.005)
 
     def take_behaviour(self) -> Behaviour:
         """Return the behaviour for one request."""
@@ -310,6 +311,8 @@ class _Answer:
         bound = self.behaviour.tokens or body.get("max_completion_tokens") or body.get("max_tokens")
         self._tokens = min(bound if isinstance(bound, int) else 8, MAX_TOKENS_SERVED)
         self._sent = 0
+        pace = body.get("fake_chunk_s")
+        self._chunk_s = pace if isinstance(pace, float) else self.behaviour.chunk_s
         params = body.get("kv_transfer_params")
         self._params: Json = params if isinstance(params, dict) else {}
         disagg = self._params.get("disagg")
@@ -320,9 +323,7 @@ class _Answer:
         prefill = self._disagg.get("step") == "prefill" or bool(
             self._params.get("do_remote_decode")
         )
-        decode = self._disagg.get("step") == "decode" or bool(
-            self._params.get("do_remote_prefill")
-        )
+        decode = self._disagg.get("step") == "decode" or bool(self._params.get("do_remote_prefill"))
         engine.seen.prefills += prefill
         engine.seen.decodes += decode
         engine.seen.locals += not prefill and not decode
@@ -378,8 +379,8 @@ class _Answer:
             last = self._sent == self._tokens - 1
             self._write(self._event(self._token(self._sent), "length" if last else None))
             self._sent += 1
-            if how.chunk_s > 0:
-                self._to.later(how.chunk_s, self._chunk)
+            if self._chunk_s > 0:
+                self._to.later(self._chunk_s, self._chunk)
                 return
 
     def _end(self) -> None:
@@ -419,8 +420,15 @@ class _Answer:
     def _whole(self, params: Json | None) -> Json:
         text = "".join(self._token(i) for i in range(self._tokens))
         choice: Json = {"index": 0, "finish_reason": "length"}
-        choice.update({"message": {"role": "assistant", "content": text}} if self._chat else {"text": text})
-        answer: Json = {"id": "x", "model": self._engine.model, "choices": [choice], "usage": self._usage()}
+        choice.update(
+            {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        )
+        answer: Json = {
+            "id": "x",
+            "model": self._engine.model,
+            "choices": [choice],
+            "usage": self._usage(),
+        }
         if params is not None:
             answer["kv_transfer_params"] = params
         return answer
@@ -429,8 +437,9 @@ class _Answer:
         if self.behaviour.no_params:
             return None
         if not self._disagg:
-            return {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [1],
-                    "remote_engine_id": "e", "remote_host": "127.0.0.1", "remote_port": 1}  # fmt: skip
+            nixl: Json = {"do_remote_prefill": True, "do_remote_decode": False}
+            where = {"remote_host": "127.0.0.1", "remote_port": 1}
+            return {**nixl, **where, "remote_engine_id": "e", "remote_block_ids": [1]}
         endpoint = {"tp_rank": 0, "tp_size": 1, "host_id": "h", "addresses": {"shm": "a"}}
         record = {"version": 1, "num_tokens": self._prompt_tokens, "endpoints": [endpoint]}
         return {"disagg": record, "remote_prefill_cached_tokens": 0}

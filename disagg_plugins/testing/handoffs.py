@@ -29,7 +29,7 @@ from disagg_plugins.policy import HandoffPolicy
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from disagg_plugins.handoff.interfaces import Listener, Transport
+    from disagg_plugins.handoff.interfaces import Listener, Transport, Unpack
 
 SECRET = b"a secret for tests, 32 bytes long"
 LAYERS, HEADS, HEAD_DIM = 3, 4, 8
@@ -153,6 +153,7 @@ class World:
         transports: Name -> transport.
         policy: For both sides.
         prefill_size: Ranks of the prefill worker.
+        unpack: Turns packed rows into plain ones, for a packed layout.
         layout: Changes to its layout.
     """
 
@@ -162,8 +163,10 @@ class World:
         *,
         policy: HandoffPolicy | None = None,
         prefill_size: int = 1,
+        unpack: Unpack | None = None,
         **layout: object,
     ) -> None:
+        self._unpack = unpack
         self._descriptors = open_descriptors()
         self._threads = set(threading.enumerate())
         self.transports = dict(transports)
@@ -284,6 +287,7 @@ class World:
             arena=StagingArena(self.policy.staging_bytes),
             policy=self.policy,
             secret=SECRET,
+            unpack=self._unpack,
         )
         self.stores.append(store)
         addresses = {}

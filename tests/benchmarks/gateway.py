@@ -51,14 +51,18 @@ def free_port() -> int:
             return port
 
 
-def payload(tokens: int, *, stream: bool, prompt: str = PROMPT) -> bytes:
-    body = {
+def payload(tokens: int, *, stream: bool, chunk_s: float | None = None) -> bytes:
+    body: dict[str, object] = {
         "model": "fake-model",
-        "prompt": prompt,
+        "prompt": PROMPT,
         "max_tokens": tokens,
         "stream": stream,
         "temperature": 0.7,
     }
+    if chunk_s is not None:
+        body["fake_chunk_s"] = (
+            chunk_s  # the fake engine's own pace would be half a million a second
+        )
     raw = json.dumps(body).encode()
     return (
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -184,7 +188,9 @@ class Proxy:
         return float(self.process.memory_info().rss) / (1 << 20)
 
 
-def start(stack: ExitStack, command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+def start(
+    stack: ExitStack, command: list[str], env: dict[str, str], log: Path
+) -> subprocess.Popen[bytes]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out, cwd=ROOT)
 
@@ -254,7 +260,9 @@ def router_binary() -> Path | None:
     venv = VENVS[0]
     python = str(venv / "bin" / "python")
     subprocess.run([uv, "venv", "-q", "--python", "3.11", str(venv)], check=True)
-    done = subprocess.run([uv, "pip", "install", "-q", "--python", python, "vllm-router"], check=False)
+    done = subprocess.run(
+        [uv, "pip", "install", "-q", "--python", python, "vllm-router"], check=False
+    )
     return venv / "bin" / "vllm-router" if done.returncode == 0 else None
 
 
@@ -328,11 +336,11 @@ async def memory(proxy: Proxy, quick: bool) -> dict[str, float]:
     await load(proxy.port, payload(1, stream=False), 1000 if quick else 10_000, 32)
     after = proxy.rss_mib()
     clients = [await connect(proxy.port) for _ in range(1000)]
-    request = payload(2000, stream=True)
+    request = payload(2000, stream=True, chunk_s=0.5)
     peak = 0.0
     for client in clients:
         client.transport.write(request)  # type: ignore[attr-defined]
-    for _ in range(30):
+    for _ in range(80):
         await asyncio.sleep(0.1)
         peak = max(peak, proxy.rss_mib())
     opened = sum(c.first_s > 0 for c in clients)
@@ -347,7 +355,9 @@ async def memory(proxy: Proxy, quick: bool) -> dict[str, float]:
     }
 
 
-def table(proxies: list[Proxy], direct_s: float, memories: dict[str, dict[str, float]]) -> list[dict[str, object]]:
+def table(
+    proxies: list[Proxy], direct_s: float, memories: dict[str, dict[str, float]]
+) -> list[dict[str, object]]:
     middle = statistics.median
     rows: list[dict[str, object]] = [{"name": "direct", "ttft_ms": round(direct_s * 1e3, 3)}]
     for p in proxies:
@@ -385,7 +395,9 @@ async def measure(quick: bool, only: str | None) -> dict[str, object]:
         ("ttft_added_vs_vllm_router", "ttft_added_ms"),
     ):
         known = ours is not None and theirs is not None
-        result[key] = round(float(str(ours[column])) / float(str(theirs[column])), 3) if known else None  # type: ignore[index]
+        result[key] = (
+            round(float(str(ours[column])) / float(str(theirs[column])), 3) if known else None
+        )  # type: ignore[index]
     return result
 
 

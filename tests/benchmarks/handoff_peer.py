@@ -25,8 +25,9 @@ from disagg_plugins.handoff.tickets import verify  # noqa: E402
 from disagg_plugins.policy import HandoffPolicy  # noqa: E402
 
 SECRET = b"benchmark-secret-not-for-real-use"
-PAYLOAD_BYTES = 64 << 20
-"""One handoff; twice the last-level cache, so nothing is measured that fits into it."""
+PAYLOAD_BYTES = 128 << 20
+"""One handoff: 1,024 tokens of a model with 128 KiB a token (Llama 3 8B), and several times the
+last-level cache, so nothing is measured that fits into it."""
 
 
 def geometry(block_bytes: int) -> tuple[int, int]:
@@ -101,7 +102,7 @@ class Peer:
             if copy_in:
                 rows = publication.rows(layer)
                 start = layer * layer_bytes
-                np.copyto(rows, self.source[start : start + layer_bytes].reshape(rows.shape))
+                np.copyto(rows, self.source[start : start + rows.nbytes].reshape(rows.shape))
             publication.publish(layer, publication.num_blocks)
         return {}
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import resource
+import threading
 from collections.abc import Callable, Sequence
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,20 @@ def test_staging_beyond_the_memory_is_a_warning(write_policy: WritePolicy) -> No
     path = write_policy(launch={"model": "m"}, handoff={"staging_bytes": 1 << 50})
     found = by_subject(EnvironmentCheck().run(context(path)))["memory"]
     assert found.level is Level.WARNING
+
+
+def test_gateway_port_that_another_program_has_is_a_problem(write_policy: WritePolicy) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            path = write_policy(gateway={"port": other.server_address[1]})
+            found = by_subject(EnvironmentCheck().run(context(path)))["gateway"]
+        finally:
+            other.shutdown()
+            thread.join()
+    assert found.level is Level.PROBLEM
+    assert "not this project's gateway" in found.detail
 
 
 def test_plugin_that_could_not_be_loaded_is_a_problem() -> None:

@@ -76,6 +76,11 @@ def test_exit_code_of_the_command_is_passed_on(run: Callable[..., int]) -> None:
             70,
             "disagg: internal error: RuntimeError: oops (--debug shows where)\n",
         ),
+        (
+            ExceptionGroup("tasks", [ExceptionGroup("inner", [ConfigError("is wrong")])]),
+            2,
+            "disagg: error: is wrong\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

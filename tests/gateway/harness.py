@@ -13,20 +13,24 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from disagg_vllm.dialect import VllmDialect
 
 from disagg_plugins import hookimpl
 from disagg_plugins.gateway.app import serve
 from disagg_plugins.gateway.endpoints import status_of
-from disagg_plugins.gateway.server import Gateway
 from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy import Policy
 from disagg_plugins.telemetry.reports import Reporter
 from disagg_plugins.testing.fake_engine import Behaviour, FakeEngine
+from disagg_vllm.dialect import VllmDialect
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from disagg_plugins.gateway.server import Gateway
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 DEADLINE_S = 10.0

@@ -84,9 +84,7 @@ def test_shutdown_lets_an_open_stream_end_and_takes_no_new_request(build: Build)
 
 
 def test_shutdown_cuts_what_does_not_end_in_time(build: Build) -> None:
-    stack = build(
-        d0="decode", gateway={"drain_s": 0.2}, behaviours={"d0": Behaviour(hang="head")}
-    )
+    stack = build(d0="decode", gateway={"drain_s": 0.2}, behaviours={"d0": Behaviour(hang="head")})
     body = b'{"model":"fake-model","prompt":"x"}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     stack.raw(head + body)
@@ -111,4 +109,5 @@ def test_a_plugin_that_raises_loses_no_request(build: Build) -> None:
     assert stack.complete()[0] == 200
     assert stack.complete(SHORT)[0] == 200
     stack.records(2)
-    assert b'disagg_plugin_failures_total{plugin="fake_vllm"}' in stack.request("GET", "/metrics")[2]
+    shown = stack.request("GET", "/metrics")[2]
+    assert b'disagg_plugin_failures_total{plugin="fake_vllm"}' in shown

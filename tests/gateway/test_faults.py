@@ -156,9 +156,7 @@ def test_stream_that_breaks_off_is_visible_to_the_client(
 
 def test_refused_decode_worker_is_unhealthy_and_named(build: Build) -> None:
     stack = build(p0="prefill", d0="decode", absent=("d0",))
-    eventually(
-        lambda: "refused" in stack.gateway.fleet.states["d0"].reason, "d0 is seen to refuse"
-    )
+    eventually(lambda: "refused" in stack.gateway.fleet.states["d0"].reason, "d0 is seen to refuse")
     status, body = stack.complete()
     assert status == 503
     assert "decode" in str(error_of(body)["message"])
@@ -215,7 +213,9 @@ def test_unlike_fingerprints_switch_the_split_off_with_the_reason(build: Build) 
 def worker_process(port: int, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     """A fake engine as a process of its own, to be killed."""
     command = [sys.executable, "-m", "disagg_plugins.testing.fake_engine", "--port", str(port)]
-    process = subprocess.Popen([*command, *more], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    process = subprocess.Popen(
+        [*command, *more], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     try:
         yield process
     finally:

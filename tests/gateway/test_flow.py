@@ -221,9 +221,7 @@ def test_client_gone_inside_the_stream_cancels_decode() -> None:
 
 
 def test_client_gone_during_rendezvous_cancels_both() -> None:
-    rendezvous().on(ClientGone()).expect(
-        Cancel("prefill"), Cancel("decode"), Finish("client_gone")
-    )
+    rendezvous().on(ClientGone()).expect(Cancel("prefill"), Cancel("decode"), Finish("client_gone"))
 
 
 def test_rendezvous_in_the_usual_order() -> None:

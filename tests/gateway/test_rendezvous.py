@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from disagg_vllm.dialect import VllmDialect
+from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
 from disagg_plugins.errors import LocalProtocolError
-from disagg_plugins.gateway.dialect import Body, HandoffRef
 from disagg_plugins.testing.fake_engine import Behaviour
-from disagg_plugins.types import Family
+from disagg_vllm.dialect import VllmDialect
 from tests.gateway.harness import Stack, eventually
+
+if TYPE_CHECKING:
+    from disagg_plugins.gateway.dialect import Body, HandoffRef
+    from disagg_plugins.types import Family
 
 Build = Callable[..., Stack]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from disagg_vllm.dialect import KEY, VllmDialect
-from disagg_vllm.params import answer_params, read_params
 
 from disagg_plugins.errors import RemoteProtocolError
 from disagg_plugins.gateway.dialect import Body, HandoffRef, pair_problem
 from disagg_plugins.types import HandoffId, Role, Worker
+from disagg_vllm.dialect import KEY, VllmDialect
+from disagg_vllm.params import answer_params, read_params
 
 REF = HandoffRef(
     HandoffId("00112233445566778899aabbccddeeff"),

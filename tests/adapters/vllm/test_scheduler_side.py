@@ -25,6 +25,7 @@ class Request:
     request_id: str
     num_prompt_tokens: int
     kv_transfer_params: dict[str, Any] | None = None
+    lora_request: object | None = None
 
 
 @dataclass
@@ -247,6 +248,14 @@ def test_a_false_handoff_is_counted_and_the_request_served_without(params: Any) 
     assert bench.side.num_matched_tokens(Request("r", 40, params), 0) == (0, False)
     assert bench.side.counts["rejected"] == 1
     assert bench.side.jobs == 0
+
+
+@pytest.mark.parametrize("make", [prefill, decode])
+def test_a_request_with_a_lora_adapter_is_not_split(make: Any) -> None:
+    bench, request = Bench(), make()
+    request.lora_request = object()
+    assert bench.side.num_matched_tokens(request, 0) == (0, False)
+    assert bench.side.counts["rejected"] == 1
 
 
 def test_a_prefill_waits_for_staging_and_goes_on_when_it_is_freed() -> None:

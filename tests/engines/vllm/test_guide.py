@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,7 +20,6 @@ import psutil
 import pytest
 
 from disagg_plugins.launch.local import tail_of
-from disagg_vllm.testbed import free_port
 from tests.doc_blocks import ROOT, blocks, commands
 
 GUIDE = ROOT / "migration_guides" / "vllm.md"
@@ -112,9 +114,26 @@ def own_programs(folder: Path) -> Path:
     return folder
 
 
+def free_ports(count: int) -> list[str]:
+    """Return different ports below those that the kernel gives to outgoing connections.
+
+    A worker binds its port a minute later; until then nobody else must be given it.
+    """
+    with contextlib.ExitStack() as stack:
+        found: list[str] = []
+        for port in random.sample(range(20_000, 32_000), 200):
+            probe = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(str(port))
+            if len(found) == count:
+                return found
+    raise OSError(f"found {len(found)} free ports, {count} are needed")
+
+
 def make_script(folder: Path) -> tuple[Path, str]:
     """Write the guide as one script and its files; return the script and its markers' prefix."""
-    ports = {old: str(free_port()) for old in ("8000", "8100", "8101", "8102")}
+    ports = dict(zip(("8000", "8100", "8101", "8102"), free_ports(4), strict=True))
     marker = "=== line "
     lines = ["set -euo pipefail"]
     for block in blocks(GUIDE):
