@@ -138,9 +138,7 @@ class HookCalls:
         """Call every implementation, ignore the answers, and return what went wrong."""
         failed = []
         for implementation in self._implementations.get(hook, ()):
-            answer = self._ask(
-                implementation, _ignore, arguments, deadline_s or self._deadline_s
-            )
+            answer = self._ask(implementation, _ignore, arguments, deadline_s or self._deadline_s)
             if isinstance(answer, HookContractError):
                 failed.append(answer)
         return failed

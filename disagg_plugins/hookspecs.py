@@ -435,9 +435,7 @@ def disagg_select_estimate(
 
 
 @hookspec
-def disagg_register_placements(
-    demand: Demand, inventory: Inventory
-) -> Sequence[Placement] | None:
+def disagg_register_placements(demand: Demand, inventory: Inventory) -> Sequence[Placement] | None:
     """Propose how to lay out roles on the hardware at hand. No caller in this release.
 
     Called in: the placement commands.
@@ -477,9 +475,7 @@ def disagg_score_placements(
 
 
 @hookspec(firstresult=True)
-def disagg_select_rebalance(
-    fleet: FleetView, loads: Mapping[Role, RoleLoad]
-) -> RoleChange | None:
+def disagg_select_rebalance(fleet: FleetView, loads: Mapping[Role, RoleLoad]) -> RoleChange | None:
     """Propose that one worker changes its role. No caller in this release.
 
     Called in: the gateway.

@@ -182,15 +182,11 @@ def _check_hooks(manager: pluggy.PluginManager, name: str, plugin: object) -> tu
             _check_function(name, caller, implementation)
             hooks.append(caller.name)
     if not hooks:
-        raise PluginLoadError(
-            name, "it has no hooks; mark functions with @disagg_plugins.hookimpl"
-        )
+        raise PluginLoadError(name, "it has no hooks; mark functions with @disagg_plugins.hookimpl")
     return tuple(sorted(hooks))
 
 
-def _check_function(
-    name: str, caller: pluggy.HookCaller, implementation: pluggy.HookImpl
-) -> None:
+def _check_function(name: str, caller: pluggy.HookCaller, implementation: pluggy.HookImpl) -> None:
     function = inspect.unwrap(implementation.function)
     if (
         inspect.iscoroutinefunction(function)

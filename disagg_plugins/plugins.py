@@ -205,9 +205,7 @@ class PluginHost:
         with self._lock:
             infos = list(self._infos.values())
         return tuple(
-            PluginInfo(
-                i.name, i.version, i.distribution, i.trusted, i.hooks, "off", off[i.name]
-            )
+            PluginInfo(i.name, i.version, i.distribution, i.trusted, i.hooks, "off", off[i.name])
             if i.state == "on" and i.name in off
             else i
             for i in infos
@@ -274,9 +272,7 @@ class PluginHost:
             if candidate.trusted:
                 return instantiate(name, candidate.load())
             thread = self._threads.setdefault(name, PluginThread(name))
-            return thread.call(
-                lambda: instantiate(name, candidate.load()), self._policy.start_s
-            )
+            return thread.call(lambda: instantiate(name, candidate.load()), self._policy.start_s)
         except PluginLoadError as exc:
             error = exc
         except RaisedError as exc:

@@ -145,9 +145,7 @@ def _holds_a_secret(path: KeyPath) -> bool:
     return not difflib.get_close_matches(key, _fields(path[:-1]), n=1, cutoff=0.8)
 
 
-def _problems(
-    exc: ValidationError, source: YamlSource, known: set[KeyPath]
-) -> Iterator[_Problem]:
+def _problems(exc: ValidationError, source: YamlSource, known: set[KeyPath]) -> Iterator[_Problem]:
     for error in exc.errors(include_url=False, include_context=True):
         path: KeyPath = tuple(error["loc"])
         if any(path[: len(other)] == other for other in known):

@@ -86,9 +86,7 @@ class FleetView:
 
     def serving(self, role: Role) -> tuple[Worker, ...]:
         """Return the healthy workers that may do the work of ``role``."""
-        return tuple(
-            w for w in self.workers if w.role.serves(role) and self.load(w).healthy
-        )
+        return tuple(w for w in self.workers if w.role.serves(role) and self.load(w).healthy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,3 +162,8 @@ class HostCaches:
     def block(self, layer: int, block_id: int) -> NDArray[np.uint8]:
         """Return the writable row of one block."""
         return self._rows[layer][block_id]
+
+    def targets(self, layer: int, block_ids: Sequence[int]) -> list[memoryview]:
+        """Return writable bytes of blocks, in order, one view for each run of consecutive ids."""
+        rows = self._rows[layer]
+        return [rows[first : first + count].reshape(-1).data for _, first, count in runs(block_ids)]

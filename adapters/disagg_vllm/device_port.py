@@ -155,6 +155,9 @@ class DevicePort:
         )
         self._write(layer, block_ids, rows, shape, 0, layout.num_kv_heads_local)
 
+    def row_targets(self, layer: int, block_ids: Sequence[int]) -> None:
+        """Return None: a transport cannot receive into device memory."""
+
     def write_canonical(
         self, layer: int, block_ids: Sequence[int], first_head: int, end_head: int, kv: memoryview
     ) -> None:

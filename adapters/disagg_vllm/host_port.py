@@ -43,6 +43,10 @@ class HostPort:
         source = np.frombuffer(rows, np.uint8).reshape(len(block_ids), self._layout.row_bytes)
         self._caches.scatter(layer, block_ids, source)
 
+    def row_targets(self, layer: int, block_ids: Sequence[int]) -> list[memoryview]:
+        """Return where whole rows of these blocks lie, for a transport to receive into."""
+        return self._caches.targets(layer, block_ids)
+
     def write_canonical(
         self, layer: int, block_ids: Sequence[int], first_head: int, end_head: int, kv: memoryview
     ) -> None:

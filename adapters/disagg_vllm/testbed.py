@@ -181,7 +181,7 @@ class Testbed:
             self._wait(lambda: self._ready(), "the gateway to find its workers ready")
 
     def start_gateway(self) -> None:
-        """Start the gateway and wait until it answers ``/health``."""
+        """Start the gateway and wait until it answers."""
         log_path = self.folder / "logs" / "gateway.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "disagg_plugins.cli.main", "serve", str(self.policy_path)]
@@ -216,8 +216,8 @@ class Testbed:
         from urllib.request import urlopen
 
         try:
-            with urlopen(f"{self.gateway_url}/ready", timeout=5) as answer:
-                return bool(answer.status == 200)
+            with urlopen(f"{self.gateway_url}/internal/status", timeout=5) as answer:
+                return all(worker["healthy"] for worker in json.load(answer)["workers"])
         except (URLError, OSError):
             return False
 

@@ -52,6 +52,10 @@ class CachePort(Protocol):
         """Copy whole rows of this rank's layout into blocks."""
         ...
 
+    def row_targets(self, layer: int, block_ids: Sequence[int]) -> list[memoryview] | None:
+        """Return writable bytes of whole rows of these blocks, or None where there are none."""
+        ...
+
     def write_canonical(
         self, layer: int, block_ids: Sequence[int], first_head: int, end_head: int, kv: memoryview
     ) -> None:
@@ -72,7 +76,7 @@ class CachePort(Protocol):
 
 
 class BlockSink:
-    """Writes one request's KV into the engine's blocks; see ``handoff.interfaces.Sink``.
+    """Writes one request's KV into the engine's blocks; see ``handoff.interfaces.DirectSink``.
 
     Args:
         port: The caches.
@@ -89,6 +93,12 @@ class BlockSink:
         """Take whole block rows of one layer."""
         count = rows.nbytes // self._layout.row_bytes
         self._port.write_rows(layer, self._blocks(first_block, count), rows)
+
+    def native_targets(
+        self, layer: int, first_block: int, num_blocks: int
+    ) -> Sequence[memoryview] | None:
+        """Return where rows of the request belong, so that they are received in place."""
+        return self._port.row_targets(layer, self._blocks(first_block, num_blocks))
 
     def write_canonical(
         self, layer: int, first_token: int, first_head: int, end_head: int, kv: memoryview

@@ -115,9 +115,7 @@ class Scheduler:
     def _best(self, role: Role, scored: Mapping[str, float], other: str | None) -> str:
         highest = max(scored.values())
         equals = [name for name, score in scored.items() if score >= highest - TIE]
-        return min(
-            equals, key=lambda name: (name == other, self._last_turn.get((role, name), 0))
-        )
+        return min(equals, key=lambda name: (name == other, self._last_turn.get((role, name), 0)))
 
     def _chosen(self, role: Role, name: str, fleet: FleetView) -> None:
         self._turn += 1

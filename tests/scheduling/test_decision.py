@@ -56,9 +56,7 @@ def scheduler():
                 "plugins": {"deadline_s": 10},
             }
         )
-        host = PluginHost.load(
-            policy.plugins, builtins=builtins, entry_points=False, extra=plugins
-        )
+        host = PluginHost.load(policy.plugins, builtins=builtins, entry_points=False, extra=plugins)
         hosts.append(host)
         return Scheduler(host, policy)
 
@@ -172,8 +170,11 @@ def test_filters_intersect_and_an_empty_rest_names_who_filtered(scheduler):
 def test_scores_weigh_as_the_policy_says(scheduler, weight, chosen):
     decider = scheduler(
         weights={"mine": weight},
-        mine={"disagg_score_workers": lambda workers: {w.name: w.name == "d2" and 1.0 or 0.0
-                                                       for w in workers}},
+        mine={
+            "disagg_score_workers": lambda workers: {
+                w.name: w.name == "d2" and 1.0 or 0.0 for w in workers
+            }
+        },
     )
     loads = {"d2": WorkerLoad(requests=3)}
     assert names(decider.decide(SHORT, FleetView(TWO_BY_TWO, loads))) == (chosen,)

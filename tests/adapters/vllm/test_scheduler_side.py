@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from disagg_vllm.scheduler_side import SchedulerSide
-from disagg_vllm.steps import LoadResult, StepResult
 
 from disagg_plugins.errors import AuthenticationError
 from disagg_plugins.types import HandoffId
+from disagg_vllm.scheduler_side import SchedulerSide
+from disagg_vllm.steps import LoadResult, StepResult
 
 BLOCK_TOKENS = 16
 BLOCK_BYTES = 1000
@@ -133,16 +133,14 @@ def test_chunks_publish_whole_blocks_and_the_last_one_the_rest() -> None:
     bench.side.num_matched_tokens(prefill(tokens=50), 0)
     first = bench.side.take_plan(Output([New("p", [[1, 2]])], num_scheduled_tokens={"p": 20}))
     second = bench.side.take_plan(
-        Output(
-            scheduled_cached_reqs=Cached(["p"], [[[3]]], [20]), num_scheduled_tokens={"p": 20}
-        )
+        Output(scheduled_cached_reqs=Cached(["p"], [[[3]]], [20]), num_scheduled_tokens={"p": 20})
     )
     third = bench.side.take_plan(
-        Output(
-            scheduled_cached_reqs=Cached(["p"], [[[4]]], [40]), num_scheduled_tokens={"p": 10}
-        )
+        Output(scheduled_cached_reqs=Cached(["p"], [[[4]]], [40]), num_scheduled_tokens={"p": 10})
     )
-    steps = [(s.first_block, s.block_ids, s.last) for p in (first, second, third) for s in p.publish]
+    steps = [
+        (s.first_block, s.block_ids, s.last) for p in (first, second, third) for s in p.publish
+    ]
     assert steps == [(0, (1,), False), (1, (2,), False), (2, (3, 4), True)]
 
 
@@ -187,7 +185,11 @@ def test_a_load_is_reported_with_what_was_loaded_cached_and_recomputed() -> None
     bench.side.take_result(StepResult(loads=[LoadResult("d", "d", "", "shm", "native", 24, 960)]))
     (report,) = bench.reports
     assert report["kind"] == "loaded"
-    assert (report["num_tokens"], report["tokens_local"], report["tokens_recomputed"]) == (23, 16, 1)
+    assert (report["num_tokens"], report["tokens_local"], report["tokens_recomputed"]) == (
+        23,
+        16,
+        1,
+    )
     assert (report["bytes"], report["transport"]) == (960, "shm")
     assert bench.side.num_matched_tokens(request, 0) == (0, False), "a load happens once"
 
