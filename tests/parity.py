@@ -70,7 +70,9 @@ def mint_ticket(valid_s: float = 60.0) -> str:
     )
 
 
-def prefill(bed: Testbed, text: str, ticket: str | None = None) -> tuple[dict[str, Any], str]:
+def prefill(
+    bed: Testbed, text: str | list[int], ticket: str | None = None
+) -> tuple[dict[str, Any], str]:
     """Do the gateway's first half by hand: return the worker's record and the ticket."""
     ticket = ticket or mint_ticket()
     record = {"version": 1, "step": "prefill", "ticket": ticket}
@@ -92,7 +94,7 @@ def prefill(bed: Testbed, text: str, ticket: str | None = None) -> tuple[dict[st
 
 
 def decode(
-    bed: Testbed, text: str, max_tokens: int, ticket: str, record: dict[str, Any]
+    bed: Testbed, text: str | list[int], max_tokens: int, ticket: str, record: dict[str, Any]
 ) -> Completion:
     """Do the gateway's second half by hand."""
     params = {"disagg": {**record, "step": "decode", "ticket": ticket}}

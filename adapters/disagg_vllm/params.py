@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from disagg_plugins.errors import RemoteProtocolError
+from disagg_plugins.handoff.prompts import DIGEST_CHARS
 
 VERSION = 1
 MAX_TICKET_CHARS = 1024
@@ -25,12 +26,14 @@ class HandoffParams:
         step: ``prefill`` (publish what you compute) or ``decode`` (load what was published).
         ticket: The gateway's ticket.
         num_tokens: Prompt tokens published; 0 in a prefill request.
+        prompt: Digest of the prompt that was published; empty in a prefill request.
         endpoints: One record for each prefill rank; empty in a prefill request.
     """
 
     step: Literal["prefill", "decode"]
     ticket: str
     num_tokens: int = 0
+    prompt: str = ""
     endpoints: tuple[Mapping[str, object], ...] = ()
 
 
@@ -68,6 +71,9 @@ def read_params(params: object) -> HandoffParams | None:
     if step == "prefill":
         return HandoffParams("prefill", ticket)
     num_tokens, endpoints = record.get("num_tokens"), record.get("endpoints")
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str) or len(prompt) != DIGEST_CHARS:
+        raise RemoteProtocolError("kv_transfer_params.disagg.prompt is missing or no digest")
     if not isinstance(num_tokens, int) or not 0 < num_tokens <= MAX_TOKENS:
         raise RemoteProtocolError(f"kv_transfer_params.disagg.num_tokens is {num_tokens!r}")
     if (
@@ -78,9 +84,17 @@ def read_params(params: object) -> HandoffParams | None:
         raise RemoteProtocolError(
             "kv_transfer_params.disagg.endpoints is not a list of 1 to 256 records"
         )
-    return HandoffParams("decode", ticket, num_tokens, tuple(endpoints))
+    return HandoffParams("decode", ticket, num_tokens, prompt, tuple(endpoints))
 
 
-def answer_params(*, num_tokens: int, endpoints: list[dict[str, object]]) -> dict[str, object]:
+def answer_params(
+    *, num_tokens: int, prompt: str, endpoints: list[dict[str, object]]
+) -> dict[str, object]:
     """Return what a prefill worker answers to the gateway, which gives it to decode."""
-    return {"disagg": {"version": VERSION, "num_tokens": num_tokens, "endpoints": endpoints}}
+    record = {
+        "version": VERSION,
+        "num_tokens": num_tokens,
+        "prompt": prompt,
+        "endpoints": endpoints,
+    }
+    return {"disagg": record}

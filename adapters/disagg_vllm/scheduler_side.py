@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from disagg_plugins.errors import DisaggError, UnsupportedEngineError
+from disagg_plugins.handoff.prompts import prompt_digest
 from disagg_vllm.params import HandoffParams, answer_params, read_params
 from disagg_vllm.steps import (
     LoadResult,
@@ -49,6 +50,7 @@ class PrefillJob:
     handoff_id: HandoffId
     ticket: str
     num_tokens: int
+    prompt: str
     staged_bytes: int
     first_asked_s: float | None = None
     reserved: bool = False
@@ -151,19 +153,23 @@ class SchedulerSide:
         if params.step == "prefill":
             blocks = -(-num_tokens // self._block_size_tokens)
             self._prefills[request_id] = PrefillJob(
-                handoff_id, params.ticket, num_tokens, blocks * self._block_bytes
+                handoff_id,
+                params.ticket,
+                num_tokens,
+                digest_of(request),
+                blocks * self._block_bytes,
             )
-        elif params.num_tokens != num_tokens:
-            self._reject_length(request_id, handoff_id, params, num_tokens)
+        elif params.num_tokens != num_tokens or params.prompt != digest_of(request):
+            self._reject_prompt(request_id, handoff_id, params, num_tokens)
         else:
             self._decodes[request_id] = DecodeJob(handoff_id, params, num_tokens)
 
-    def _reject_length(
+    def _reject_prompt(
         self, request_id: str, handoff_id: HandoffId, params: HandoffParams, num_tokens: int
     ) -> None:
         problem = (
-            f"the prefill worker read {params.num_tokens} prompt tokens, this worker {num_tokens}: "
-            "tokenizer or chat template differ; the prompt is computed here"
+            f"the prefill worker read another prompt ({params.num_tokens} tokens) than this worker "
+            f"({num_tokens} tokens): tokenizer or chat template differ; the prompt is computed here"
         )
         self.counts["mismatched"] += 1
         logger.warning("request %s, handoff %s: %s", request_id, handoff_id, problem)
@@ -305,7 +311,11 @@ class SchedulerSide:
         self._seen.pop(request_id, None)
         if (prefill := self._prefills.pop(request_id, None)) is not None:
             if prefill.complete:
-                return answer_params(num_tokens=prefill.num_tokens, endpoints=self.endpoints)
+                return answer_params(
+                    num_tokens=prefill.num_tokens,
+                    prompt=prefill.prompt,
+                    endpoints=self.endpoints,
+                )
             if prefill.opened:
                 self._plan.abort.append((prefill.handoff_id, "the prefill request was aborted"))
             else:
@@ -381,6 +391,13 @@ class SchedulerSide:
         if tokens_recomputed is not None:
             record["tokens_recomputed"] = tokens_recomputed
         self._report(record)
+
+
+def digest_of(request: Any) -> str:
+    """Return the digest of a vLLM request's prompt, its images and other inputs included."""
+    features = getattr(request, "mm_features", None) or ()
+    parts = [f"{f.identifier}@{f.mm_position}" for f in features]
+    return prompt_digest(request.prompt_token_ids or (), parts)
 
 
 def staged_block_bytes(kv_cache_config: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from disagg_plugins.credentials import read_secret
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.policy import Policy, load_policy
 from disagg_plugins.telemetry.reports import Reporter
+from disagg_vllm.names import worker_name
 
 KEYS = ("policy", "worker", "load_failure")
 
@@ -23,7 +23,7 @@ class Settings:
     Attributes:
         policy: The policy file's content.
         secret: The fleet's secret; never printed.
-        worker: The worker's name in reports; the host and process where none was given.
+        worker: The worker's name in reports; see ``names.worker_name``.
         load_failure: ``recompute`` (default) or ``fail``, vLLM's own default.
     """
 
@@ -64,5 +64,5 @@ def read_settings(extra_config: Mapping[str, Any]) -> Settings:
         )
     policy = load_policy(path)
     secret = read_secret(policy.secret, Path(path).resolve().parent)
-    worker = str(extra_config.get("worker") or f"{os.uname().nodename}-{os.getpid()}")[:64]
+    worker = worker_name(policy, extra_config.get("worker"))
     return Settings(policy, secret, worker, load_failure)

@@ -178,7 +178,7 @@ class Testbed:
             self.start_gateway()
         self._fleet.start()
         if self._with_gateway:
-            self._wait(lambda: self._ready(), "the gateway to find its workers ready")
+            self.wait_ready()
 
     def start_gateway(self) -> None:
         """Start the gateway and wait until it answers."""
@@ -190,6 +190,10 @@ class Testbed:
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._env
             )
         self._wait(lambda: healthy(self.gateway_url), "the gateway to answer")
+
+    def wait_ready(self) -> None:
+        """Wait until the gateway has found every worker healthy."""
+        self._wait(self._ready, "the gateway to find its workers healthy")
 
     def stop_gateway(self) -> int | None:
         """End the gateway and return its exit code."""

@@ -38,6 +38,9 @@ MAX_QUEUED = 4096
 
 SEND_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 3.0
+HELLO_EVERY_S = 10.0
+"""How often a worker introduces itself again: a gateway may start after it, or start anew."""
+
 GATHER_S = 0.01
 """Reports that come within this time travel together."""
 
@@ -112,12 +115,15 @@ class Reporter:
         url: The gateway, ``http://host:port``.
         secret: The fleet's secret.
         worker: This worker's name in the policy.
+        hello_every_s: How often the latest ``hello`` is sent again.
 
     Raises:
         ConfigError: The URL is not of that form, or the secret is too short.
     """
 
-    def __init__(self, url: str, secret: bytes, worker: str) -> None:
+    def __init__(
+        self, url: str, secret: bytes, worker: str, *, hello_every_s: float = HELLO_EVERY_S
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname or not parts.port:
             raise ConfigError(f"{url!r} is not of the form http://host:port", key="gateway")
@@ -127,18 +133,28 @@ class Reporter:
         self._queue: queue.Queue[Report | None] = queue.Queue(MAX_QUEUED)
         self._connection: http.client.HTTPConnection | None = None
         self._closing = threading.Event()
+        self._hello_every_s = hello_every_s
+        self._hello: Report | None = None
+        self._hello_due_s = 0.0
         self.sent = 0
         self.dropped = 0
         self._thread = threading.Thread(target=self._run, name="disagg-reporter", daemon=True)
         self._thread.start()
 
     def send(self, report: Report) -> None:
-        """Queue one report; returns at once."""
+        """Queue one report; returns at once.
+
+        The latest ``hello`` is sent again every ``hello_every_s``.
+        """
         if self._closing.is_set():
             self.dropped += 1
             return
+        report = {"worker": self._worker, **report}
+        if report.get("kind") == "hello":
+            self._hello_due_s = time.monotonic() + self._hello_every_s
+            self._hello = report
         try:
-            self._queue.put_nowait({"worker": self._worker, **report})
+            self._queue.put_nowait(report)
         except queue.Full:
             self.dropped += 1
 
@@ -153,6 +169,10 @@ class Reporter:
     def _run(self) -> None:
         while True:
             batch = self._gather()
+            now_s = time.monotonic()
+            if not batch and self._hello is not None and now_s >= self._hello_due_s:
+                self._hello_due_s = now_s + self._hello_every_s
+                self._deliver([self._hello])
             if batch:
                 self._deliver(batch)
             if self._closing.is_set() and self._queue.empty():
@@ -161,7 +181,7 @@ class Reporter:
 
     def _gather(self) -> list[Report]:
         try:
-            first = self._queue.get(timeout=1.0)
+            first = self._queue.get(timeout=min(1.0, self._hello_every_s))
         except queue.Empty:
             return []
         batch = [] if first is None else [first]

@@ -127,6 +127,15 @@ def test_close_delivers_what_is_queued_and_may_be_repeated() -> None:
     assert reporter.dropped == 1
 
 
+def test_a_worker_introduces_itself_again_to_a_gateway_that_started_later() -> None:
+    with listener() as (url, got):
+        reporter = Reporter(url, SECRET, "p0", hello_every_s=0.05)
+        reporter.send({"kind": "hello", "pid": 7})
+        eventually(lambda: len(got) >= 3, "three hellos")
+        reporter.close()
+    assert {(r["kind"], r["worker"], r["pid"]) for r in got} == {("hello", "p0", 7)}
+
+
 def test_nobody_listens_drops_and_counts() -> None:
     reporter = Reporter("http://127.0.0.1:9", SECRET, "p0")
     reporter.send({"kind": "hello"})

@@ -10,7 +10,7 @@ import pytest
 
 from disagg_plugins.errors import AuthenticationError
 from disagg_plugins.types import HandoffId
-from disagg_vllm.scheduler_side import SchedulerSide
+from disagg_vllm.scheduler_side import SchedulerSide, digest_of
 from disagg_vllm.steps import LoadResult, StepResult
 
 BLOCK_TOKENS = 16
@@ -26,6 +26,11 @@ class Request:
     num_prompt_tokens: int
     kv_transfer_params: dict[str, Any] | None = None
     lora_request: object | None = None
+    text: str = ""
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return [len(self.text)] + [7] * (self.num_prompt_tokens - 1)
 
 
 @dataclass
@@ -105,6 +110,7 @@ def decode(name: str = "d", tokens: int = 40, published: int | None = None) -> R
         "step": "decode",
         "ticket": f"ticket-{name}",
         "num_tokens": tokens if published is None else published,
+        "prompt": digest_of(Request("", tokens)),
         "endpoints": ENDPOINTS,
     }
     return Request(name, tokens, {"disagg": record})
@@ -125,7 +131,14 @@ def test_a_prompt_in_one_chunk_is_published_whole_and_answers_with_endpoints() -
     (step,) = plan.publish
     assert (step.first_block, step.block_ids, step.last) == (0, (7, 8, 9), True)
     answer = bench.side.request_finished(request)
-    assert answer == {"disagg": {"version": 1, "num_tokens": 40, "endpoints": ENDPOINTS}}
+    assert answer == {
+        "disagg": {
+            "version": 1,
+            "num_tokens": 40,
+            "prompt": digest_of(request),
+            "endpoints": ENDPOINTS,
+        }
+    }
 
 
 def test_chunks_publish_whole_blocks_and_the_last_one_the_rest() -> None:
@@ -232,6 +245,14 @@ def test_unlike_prompt_lengths_are_refused_and_the_publisher_is_freed() -> None:
     assert bench.side.counts["mismatched"] == 1
 
 
+def test_another_prompt_of_the_same_length_is_refused() -> None:
+    bench, request = Bench(), decode(tokens=40)
+    request.text = "other"
+    assert bench.side.num_matched_tokens(request, 0) == (0, False)
+    assert bench.side.counts["mismatched"] == 1
+    assert bench.side.take_plan(Output()).release[0].failed
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -243,6 +264,7 @@ def test_unlike_prompt_lengths_are_refused_and_the_publisher_is_freed() -> None:
         {"disagg": {"version": 1, "step": "prefill", "ticket": "x" * 2000}},
         {"disagg": {"version": 1, "step": "decode", "ticket": "ticket-x", "num_tokens": -1}},
         {"disagg": {"version": 1, "step": "decode", "ticket": "ticket-x", "num_tokens": 4}},
+        {"disagg": {"version": 1, "step": "decode", "ticket": "ticket-x", "prompt": "short"}},
     ],
 )
 def test_a_false_handoff_is_counted_and_the_request_served_without(params: Any) -> None:

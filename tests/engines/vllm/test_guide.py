@@ -25,7 +25,7 @@ from tests.doc_blocks import ROOT, blocks, commands
 GUIDE = ROOT / "migration_guides" / "vllm.md"
 MODEL = ROOT / ".models" / "tiny"
 RUN_S = 480.0
-"""One to four minutes on two cores, by how busy they are; most of it is three engines that start."""
+"""One to four minutes on two cores, by how busy they are; most is three engines that start."""
 
 STOP_S = 15.0
 PORT = re.compile(r"\b(8000|810[0-2])\b")

@@ -57,7 +57,7 @@ def text_of(tokens: int, seed: int) -> str:
     return next(prompts([tokens], seed=seed))
 
 
-def monolith(bed: Testbed, text: str, max_tokens: int) -> Completion:
+def monolith(bed: Testbed, text: str | list[int], max_tokens: int) -> Completion:
     return complete(bed.urls["monolith"], text, max_tokens=max_tokens, model=MODEL_NAME)
 
 
@@ -255,6 +255,15 @@ def test_a_handoff_that_decode_never_takes_expires(bed: Testbed) -> None:
     record, _ = parity.prefill(bed, text_of(300, seed=18))
     assert record["num_tokens"] > 0
     until(lambda: expired(bed) == before + 1, "the lease to end", LEASE_S + WAIT_S)
+
+
+def test_kv_of_another_prompt_of_the_same_length_is_never_used(bed: Testbed) -> None:
+    published, asked = [11] * 300, [13] * 300
+    record, ticket = parity.prefill(bed, published)
+    answer = parity.decode(bed, asked, 8, ticket, record)
+    assert parity.compare(answer, monolith(bed, asked, 8)) != "different"
+    complete(bed.urls["decode"], "Hello", max_tokens=1, model=MODEL_NAME)
+    assert metric(bed.urls["decode"], "vllm:disagg_mismatched_total") == 1
 
 
 def test_a_handoff_is_taken_once(bed: Testbed) -> None:
