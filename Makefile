@@ -149,13 +149,13 @@ test: test-quick test-wheel test-engine ## Run every test, the real-engine suite
 demo: model ## Split a real model over two real vLLM workers and compare with one: writes demo.json.
 	$(VLLM)/bin/python tests/demo.py --model $(MODEL) --out demo.json
 
-BENCHMARKS := handoff gateway parity interference
-BENCH_IN_VLLM := $(filter parity interference,$(NAME))
+BENCHMARKS := handoff gateway parity interference memory
+BENCH_IN_VLLM := $(filter parity interference memory,$(NAME))
 
 bench-name:
 	@[ -n "$(filter $(BENCHMARKS),$(NAME))" ] || { echo "make bench: NAME is one of: $(BENCHMARKS)" >&2; exit 2; }
 
-bench: bench-name $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=handoff|gateway|parity|interference [ARGS=...].
+bench: bench-name $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=handoff|gateway|parity|interference|memory [ARGS=...].
 	$(if $(BENCH_IN_VLLM),$(VLLM),$(BENCH))/bin/python tests/benchmarks/$(NAME).py $(ARGS)
 
 clean: ## Remove what the targets above made: environments, models, caches.

@@ -203,6 +203,9 @@ class GatewayPolicy(Section):
     """The front door."""
 
     host: str = "127.0.0.1"
+    advertise_host: str | None = Field(
+        default=None, description="Where workers send reports, where it differs from host."
+    )
     port: Port = 8000
     connect_s: Seconds = Field(default=3.0, description="Connecting to a worker.")
     prefill_s: Seconds = Field(

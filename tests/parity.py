@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from disagg_plugins.handoff.tickets import mint, new_handoff_id
 from disagg_vllm.client import Completion, complete, first_difference, is_tie
-from disagg_vllm.testbed import MODEL_NAME, Testbed, free_port
+from disagg_vllm.testbed import MODEL_NAME, Testbed, free_ports
 
 TIE_GAP = 1e-4
 """Best tokens closer than this in log-probability are a tie in float32."""
@@ -53,7 +53,7 @@ def wholly_cached(
 def failed_handoff(bed: Testbed, text: str, max_tokens: int) -> Completion:
     """Send the decode worker to a publisher that is not there; it must compute the prompt."""
     answer, ticket = prefill(bed, text)
-    dead = {"tcp": f"127.0.0.1:{free_port()}"}
+    dead = {"tcp": f"127.0.0.1:{free_ports(1)[0]}"}
     endpoints = [{**e, "addresses": dead} for e in answer["endpoints"]]
     return decode(bed, text, max_tokens, ticket, {**answer, "endpoints": endpoints})
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import psutil
 
-from disagg_plugins.policy import Policy
+if TYPE_CHECKING:
+    from disagg_plugins.policy import Policy
 
 DEFAULT_PORT = 8000
 """vLLM's own (``vllm serve --help``, 0.32)."""

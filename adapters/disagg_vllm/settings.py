@@ -35,7 +35,8 @@ class Settings:
     def make_reporter(self) -> Reporter:
         """Return the channel to the gateway that the policy names."""
         gateway = self.policy.gateway
-        return Reporter(f"http://{gateway.host}:{gateway.port}", self.secret, self.worker)
+        host = gateway.advertise_host or gateway.host
+        return Reporter(f"http://{host}:{gateway.port}", self.secret, self.worker)
 
 
 def read_settings(extra_config: Mapping[str, Any]) -> Settings:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -70,11 +72,20 @@ class PlainLauncher:
         return LaunchCommand((*argv[:at], *argv[at + 2 :]), command.env)
 
 
-def free_port() -> int:
-    """Return a TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+PORTS = range(10_000, 30_000)
+"""Below the kernel's usual range of outgoing ports, so that no connection takes one meanwhile."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Return different TCP ports of the loopback interface that nobody listens on."""
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        if len(found) == count:
+            break
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 class Testbed:
@@ -112,8 +123,9 @@ class Testbed:
         self._gateway: subprocess.Popen[bytes] | None = None
         self._env = {**os.environ}
         self._env.setdefault("DISAGG_SECRET", secrets.token_hex(16))
-        self.urls = {s.name: f"http://127.0.0.1:{free_port()}" for s in servers}
-        self.gateway_url = f"http://127.0.0.1:{free_port()}"
+        gateway_port, *ports = free_ports(1 + len(servers))
+        self.gateway_url = f"http://127.0.0.1:{gateway_port}"
+        self.urls = {s.name: f"http://127.0.0.1:{p}" for s, p in zip(servers, ports, strict=True)}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.policy_path = self.folder / "disagg.yaml"
         self._start_path = self.folder / "start.yaml"
@@ -124,8 +136,7 @@ class Testbed:
             "telemetry": {"records": "records.jsonl"},
             **(policy or {}),
         }
-        port = int(self.gateway_url.rpartition(":")[2])
-        text["gateway"] = {"port": port, **text.get("gateway", {})}
+        text["gateway"] = {"port": gateway_port, **text.get("gateway", {})}
         everything = {**text, "fleet": {"workers": workers}}
         self._start_path.write_text(yaml.safe_dump(everything))
         if text["fleet"]["workers"]:

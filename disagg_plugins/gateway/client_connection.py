@@ -97,7 +97,8 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-        self._send = Sender(self.transport).send
+        self._sender = Sender(self.transport)
+        self._send = self._sender.send
         self.deadline_s = time.monotonic() + self._gateway.policy.gateway.client_idle_s
         self._gateway.connections.add(self)
 
@@ -302,10 +303,19 @@ class ClientConnection(asyncio.Protocol):
         """Takes bytes that carry their chunk framing already; None when no chunks are used."""
         return self._send if self._chunked else None
 
-    def complete(self) -> None:
-        """End an answer that was started."""
-        if self._chunked:
+    @property
+    def lost_bytes(self) -> bool:
+        """Whether bytes of the answer could not be handed to the kernel."""
+        return self._sender.failed
+
+    def complete(self, last: bytes = b"") -> None:
+        """End an answer that was started; ``last`` goes out with the end in one write."""
+        if self._chunked and last:
+            self._send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last))
+        elif self._chunked:
             self._send(b"0\r\n\r\n")
+        elif last:
+            self._send(last)
         self._answered()
 
     def break_off(self, last: bytes) -> None:

@@ -17,7 +17,13 @@ import msgspec
 from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
 from disagg_plugins.gateway.openai import error_body
-from disagg_plugins.gateway.sse import SseObserver, read_answer
+from disagg_plugins.gateway.sse import (
+    OUTPUT,
+    OUTPUT_SPACED,
+    SseObserver,
+    carries_output,
+    read_answer,
+)
 from disagg_plugins.gateway.timeline import Timeline
 from disagg_plugins.gateway.upstream import Call
 from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded, header_value, post
@@ -39,6 +45,10 @@ be retried; a longer one is passed on as it comes."""
 
 MAX_PREFILL_ANSWER_BYTES = 8 << 20
 """One token and the handoff's parameters are a few KiB."""
+
+LEFT_S = 1.0
+"""How long the worker of a client that left with its whole answer may take to end its own; then
+its connection is closed instead of kept."""
 
 FOREVER = float("inf")
 
@@ -80,6 +90,8 @@ class Exchange:
         self._first = b""
         self._whole = False
         self._slow = False
+        self._left = False  # the client went with its whole answer
+        self._last = b""  # held back to be sent with the end of the answer
         self.prefill_deadline_s = FOREVER
         self.decode_deadline_s = FOREVER
         self.record = RequestRecord(
@@ -111,8 +123,40 @@ class Exchange:
 
     def client_gone(self) -> None:
         """The client closed its connection."""
+        if self._delivered():
+            self._left = True
+            self.decode_deadline_s = time.monotonic() + LEFT_S
+            return
         self.record.client_gone = True
         self._do(self._flow.on(f.ClientGone()))
+
+    def _delivered(self) -> bool:
+        """Whether the client has the whole answer, though the worker has not ended it yet.
+
+        Clients leave at the end mark, or at the finish reason of their only choice: what follows
+        is usage and framing.
+        """
+        sse = self._sse
+        streaming = self._flow.state is f.State.STREAM
+        if sse is None or not streaming or sse.held or self._slow or self._client.lost_bytes:
+            return False
+        if sse.ended:
+            return True
+        single = self._parsed.body.get("n") in (None, 1) and not self._parsed.batch
+        return single and sse.end().finish is not None
+
+    def _end_left(self) -> None:
+        call = self._calls.get("decode")
+        if call is not None and not call.ended:
+            call.cancel()
+        self._do(self._flow.on(f.DecodeEnded()))
+
+    def close(self) -> None:
+        """The gateway closes: end what still runs; nothing will be heard of it any more."""
+        if self._left:
+            self._end_left()
+        else:
+            self._do(self._flow.on(f.ClientGone()))
 
     def client_slow(self, slow: bool) -> None:
         """Stop or go on reading the worker's answer."""
@@ -132,6 +176,9 @@ class Exchange:
             detail = f"no answer within {policy.prefill_s:g} s (policy key gateway.prefill_s)"
             self._do(self._flow.on(f.PrefillFailed("timeout", detail)))
         if now_s <= self.decode_deadline_s:
+            return
+        if self._left:
+            self._end_left()
             return
         if self._flow.state is f.State.STREAM and not self._slow:
             # chunks on the fast path do not move the deadline one by one
@@ -165,8 +212,8 @@ class Exchange:
         if call.side == "prefill":
             self._keep(call, data, MAX_PREFILL_ANSWER_BYTES)
             return
-        now_s = time.monotonic()
-        if not self._slow:
+        now_s = monotonic()
+        if not self._slow and not self._left:
             streaming = self._flow.state is f.State.STREAM
             policy = self._gateway.policy.gateway
             self.decode_deadline_s = now_s + (policy.idle_s if streaming else policy.first_byte_s)
@@ -177,9 +224,13 @@ class Exchange:
         elif self._flow.state is not f.State.STREAM:
             self._keep(call, data, MAX_WHOLE_BYTES)
             return
-        self._times.stamp(now_s)
+        if self._sse is None or carries_output(data):
+            self._times.stamp(now_s)
         if self._flow.state is f.State.STREAM:
-            self._client.write(data)
+            if call.last:
+                self._last = data
+            else:
+                self._client.write(data)
         else:
             self._first = data
             self._do(self._flow.on(f.DecodeStarted()))
@@ -196,7 +247,8 @@ class Exchange:
                 self.call_data(self._calls["decode"], data[data.find(b"\r\n") + 2 : -2])
                 return
             send(data)
-            stamp(monotonic())
+            if OUTPUT in data or OUTPUT_SPACED in data:
+                stamp(monotonic())
             keep(data)
 
         return take
@@ -233,7 +285,7 @@ class Exchange:
         """A worker's answer will never be complete."""
         if call.side == "prefill":
             self._do(self._flow.on(f.PrefillFailed(kind, detail)))
-        elif self._sse is not None and self._sse.done:
+        elif self._sse is not None and (self._sse.ended or self._left):
             self._do(self._flow.on(f.DecodeEnded()))  # all was said; only the framing is missing
         else:
             self._do(self._flow.on(f.DecodeFailed(kind, detail)))
@@ -263,12 +315,12 @@ class Exchange:
         self._do(self._flow.on(f.PrefillAnswered(params)))
 
     def _stream_end(self, sse: SseObserver) -> None:
-        if not sse.done:
+        if not sse.ended and not self._left:
             detail = "the worker ended the stream before its end mark"
             self._do(self._flow.on(f.DecodeFailed("truncated", detail)))
             return
         if sse.held:
-            self._client.write(sse.rest())
+            self._last += sse.rest()
         self._succeeded("decode")
         self._do(self._flow.on(f.DecodeEnded()))
 
@@ -382,14 +434,14 @@ class Exchange:
 
     def _complete_answer(self, _: f.Command) -> None:
         if not self._whole:
-            self._client.complete()
+            self._client.complete(self._last)
 
     def _break_answer(self, command: f.Command) -> None:
         last = b""
         if self._sse is not None and isinstance(command, f.BreakAnswer):
             error = error_body(502, command.message, code="upstream_broke_off")
             last = b"data: %b\n\n" % error
-        self._client.break_off(last)
+        self._client.break_off(self._last + last)
 
     def _answer_verbatim(self, command: f.Command) -> None:
         side = command.side if isinstance(command, f.AnswerVerbatim) else "decode"

@@ -84,6 +84,7 @@ class ParsedRequest:
         exact: Whether the prompt came as token ids.
         max_output_tokens: The output bound, or None.
         tenant: OpenAI's ``user`` field, or None.
+        batch: Whether several prompts were given; each is answered by a choice of its own.
     """
 
     endpoint: str
@@ -95,6 +96,7 @@ class ParsedRequest:
     exact: bool
     max_output_tokens: int | None
     tenant: str | None
+    batch: bool = False
 
 
 def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> ParsedRequest:
@@ -121,7 +123,11 @@ def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> Parse
         tokens, exact = _chat_tokens(body, chars_per_token), False
     else:
         tokens, exact = _prompt_tokens(body, chars_per_token)
-    return ParsedRequest(endpoint, body, raw, model, bool(stream), tokens, exact, bound, user)
+    prompt = body.get("prompt")
+    batch = isinstance(prompt, list) and len(prompt) > 1 and not exact
+    return ParsedRequest(
+        endpoint, body, raw, model, bool(stream), tokens, exact, bound, user, batch
+    )
 
 
 def _typed(body: dict[str, object], key: str, kind: type[_T], words: str) -> _T | None:

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 class Sender:
     """Sends on one transport.
 
+    Attributes:
+        failed: The kernel refused bytes because the peer is gone.
+
     The descriptor is used only while the transport is not closing: from then on its number may
     belong to another connection.
     """
 
-    __slots__ = ("_closing", "_fd", "_waiting_bytes", "_write")
+    __slots__ = ("_closing", "_fd", "_waiting_bytes", "_write", "failed")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         sock = transport.get_extra_info("socket")
@@ -29,6 +32,7 @@ class Sender:
         self._closing = transport.is_closing
         self._waiting_bytes = transport.get_write_buffer_size
         self._write = transport.write
+        self.failed = False
 
     def send(self, data: bytes) -> None:
         """Send ``data`` after everything sent before; like ``transport.write`` otherwise."""
@@ -42,6 +46,7 @@ class Sender:
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError:
-            return  # the peer is gone; connection_lost follows
+            self.failed = True  # the peer is gone; connection_lost follows
+            return
         if sent < len(data):
             self._write(data[sent:])

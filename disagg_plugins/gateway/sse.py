@@ -18,6 +18,11 @@ log-probabilities for 100 bundled tokens, stay below 200 KiB)."""
 
 DONE = b"data: [DONE]"
 
+OUTPUT = b'"choices":[{'
+OUTPUT_SPACED = b'"choices": [{'
+"""What an event that carries output holds. Inside a JSON text the quotes would be escaped; the
+usage event has an empty list."""
+
 _decode = msgspec.json.Decoder().decode
 
 
@@ -67,6 +72,11 @@ class SseObserver:
         return data
 
     @property
+    def ended(self) -> bool:
+        """Whether the end mark was forwarded."""
+        return self.done or (bool(self.recent) and DONE in self.recent[-1][-32:])
+
+    @property
     def held(self) -> bool:
         """Whether part of an event is being held back."""
         return bool(self.part)
@@ -93,6 +103,11 @@ class SseObserver:
             if finish is not None or error is not None:
                 break
         return StreamEnd(finish, prompt, output, error)
+
+
+def carries_output(data: bytes) -> bool:
+    """Return whether some event in ``data`` carries output: usage and the end mark do not."""
+    return OUTPUT in data or OUTPUT_SPACED in data
 
 
 def _last_boundary(data: bytes) -> int:

@@ -20,7 +20,7 @@ class Timeline:
         self.arrival_s = arrival_s
         self.prefill_start_s = 0.0
         self.prefill_end_s = 0.0
-        # one moment a forwarded read, 8 bytes each: as many as the engine writes tokens
+        # one moment a forwarded read that carries output, 8 bytes each
         self.stamps_s = array("d")
         self.stamp = self.stamps_s.append
 

@@ -54,9 +54,10 @@ class Call:
         payload: The whole HTTP request.
         ended: Complete, failed or cancelled.
         retried: Sent again because a kept connection had died.
+        last: The answer is complete with the bytes at hand; ``call_end`` follows.
     """
 
-    __slots__ = ("connection", "ended", "listener", "payload", "retried", "side")
+    __slots__ = ("connection", "ended", "last", "listener", "payload", "retried", "side")
 
     def __init__(self, side: str, payload: bytes, listener: CallListener) -> None:
         self.side = side
@@ -64,6 +65,7 @@ class Call:
         self.listener = listener
         self.connection: UpstreamConnection | None = None
         self.ended = False
+        self.last = False
         self.retried = False
 
     def cancel(self) -> None:
@@ -176,6 +178,7 @@ class UpstreamConnection(asyncio.Protocol):
                 pieces = self._pieces
                 body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
                 pieces.clear()
+                call.last = self._complete
                 call.listener.call_data(call, body)
             if self._complete and self._call is call:
                 self._end(call)

@@ -256,7 +256,8 @@ class SocketChannel:
         if self._session.handoff_id == "":
             return TransportError(
                 self._transport,
-                f"{what} did not come within {self._policy.connect_s:g} s (policy key handoff.connect_s)",
+                f"{what} did not come within {self._policy.connect_s:g} s "
+                "(policy key handoff.connect_s)",
             )
         deadline_s = self._wire.deadline_s
         if deadline_s is not None and time.monotonic() >= deadline_s:

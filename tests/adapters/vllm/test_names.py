@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from disagg_vllm.names import port_of, worker_name
 
 from disagg_plugins.policy import Policy
+from disagg_vllm.names import port_of, worker_name
 
 SERVER = ["python", "-m", "vllm.entrypoints.openai.api_server"]
 
