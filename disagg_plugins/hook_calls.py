@@ -7,19 +7,19 @@ deadline. What goes wrong is counted by (plugin, hook, kind), logged, and skippe
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from types import CoroutineType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from disagg_plugins.errors import HookContractError
 from disagg_plugins.plugin_threads import BusyError, OverranError, PluginThread, RaisedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 LOG = logging.getLogger(__name__)
 
@@ -109,7 +109,11 @@ class HookCalls:
         self, hook: str, check: Callable[[object], T], arguments: Mapping[str, object]
     ) -> tuple[str, T] | None:
         """Return the first answer that is not None, with the plugin's name."""
-        return next(self._answers(hook, check, arguments, self._deadline_s, ()), None)
+        for implementation in self._implementations.get(hook, ()):
+            answer = self._ask(implementation, check, arguments, self._deadline_s)
+            if answer is not None and not isinstance(answer, HookContractError):
+                return implementation.plugin, answer
+        return None
 
     def every(
         self,
@@ -130,7 +134,18 @@ class HookCalls:
             deadline_s: In place of the usual deadline.
         """
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
-        return list(self._answers(hook, check, arguments, deadline_s, without))
+        answers = []
+        for implementation in self._implementations.get(hook, ()):
+            if implementation.plugin in without:
+                continue
+            answer = self._ask(implementation, check, arguments, deadline_s)
+            if answer is not None and not isinstance(answer, HookContractError):
+                answers.append((implementation.plugin, answer))
+        return answers
+
+    def asks(self, hook: str) -> bool:
+        """Return whether anybody implements ``hook``: arguments nobody reads need no making."""
+        return bool(self._implementations.get(hook))
 
     def tell(
         self, hook: str, arguments: Mapping[str, object], *, deadline_s: float | None = None
@@ -150,21 +165,6 @@ class HookCalls:
                 return
             self._off[plugin] = why
         LOG.error("plugin %r is switched off: %s", plugin, why)
-
-    def _answers(
-        self,
-        hook: str,
-        check: Callable[[object], T],
-        arguments: Mapping[str, object],
-        deadline_s: float,
-        without: Sequence[str],
-    ) -> Iterator[tuple[str, T]]:
-        for implementation in self._implementations.get(hook, ()):
-            if implementation.plugin in without:
-                continue
-            answer = self._ask(implementation, check, arguments, deadline_s)
-            if answer is not None and not isinstance(answer, HookContractError):
-                yield implementation.plugin, answer
 
     def _ask(
         self,
@@ -250,7 +250,7 @@ def _checked(
     value = function(*given)
     if value is None:
         return None
-    if inspect.iscoroutine(value):
+    if isinstance(value, CoroutineType):
         value.close()
         raise NonsenseError("answered a coroutine; hooks are synchronous")
     return check(value)

@@ -37,13 +37,34 @@ def kv_cache_dtype(vllm_config: Any) -> str:
     )
 
 
+def _cached_request_fields() -> frozenset[str]:
+    from dataclasses import fields
+
+    from vllm.v1.core.sched.output import CachedRequestData
+
+    return frozenset(f.name for f in fields(CachedRequestData))
+
+
 def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     """Refuse at start-up what would otherwise go wrong silently.
 
     Raises:
-        UnsupportedEngineError: Several KV-cache groups, pipeline or context parallelism, latent
-            attention, or speculative decoding with a draft model of its own.
+        UnsupportedEngineError: An older vLLM, several KV-cache groups, pipeline or context
+            parallelism, latent attention, or speculative decoding.
     """
+    missing = [
+        name
+        for name, there in (
+            ("KVConnectorWorkerMetadata", WorkerMetadata is not object),
+            ("CachedRequestData.resumed_req_ids", "resumed_req_ids" in _cached_request_fields()),
+        )
+        if not there
+    ]
+    if missing:
+        raise UnsupportedEngineError(
+            f"this vLLM has no {' and no '.join(missing)}: it is older than what this release was "
+            "written for (0.32); upgrade vLLM"
+        )
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         kinds = ", ".join(sorted(type(g.kv_cache_spec).__name__ for g in groups))
@@ -121,11 +142,11 @@ def layer_isa(vllm_config: Any, layer_name: str) -> str:
 
 
 def model_folder(vllm_config: Any) -> str:
-    """Return the folder that holds the model's files, or the model's name where there is none."""
+    """Return the folder or file that holds the weights, else the model's name and revision."""
     import os
 
     model = str(vllm_config.model_config.model)
-    if os.path.isdir(model):
+    if os.path.exists(model):
         return model
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -137,7 +158,7 @@ def model_folder(vllm_config: Any) -> str:
             )
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError):
-        return model
+        return f"{model}@{vllm_config.model_config.revision or 'main'}"
 
 
 def join_engine_log() -> None:

@@ -16,8 +16,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
-from disagg_plugins.handoff.tickets import verify
-from disagg_plugins.types import HandoffId
 from disagg_vllm import compat
 from disagg_vllm.scheduler_side import SchedulerSide, staged_block_bytes
 from disagg_vllm.settings import Settings, read_settings
@@ -100,7 +98,7 @@ class DisaggConnector(KVConnectorBase_V1):
             staging_bytes=settings.policy.handoff.staging_bytes,
             staging_wait_s=settings.policy.handoff.staging_wait_s,
             tp_size=config.parallel_config.tensor_parallel_size,
-            verify=lambda text: HandoffId(verify(settings.secret, text, time.time()).handoff_id),
+            verify=settings.verify,
             report=self._reporter.send,
             clock=time.monotonic,
         )

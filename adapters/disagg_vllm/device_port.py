@@ -97,16 +97,23 @@ class DevicePort:
             )
         self._publish_stream = torch.cuda.Stream(self._device)
         self._load_streams = threading.local()
+        self._ids: tuple[tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
+        self._computed = torch.cuda.Event()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._copy, name="disagg-device-copy", daemon=True)
         self._thread.start()
 
     def publish(
-        self, layer: int, block_ids: Sequence[int], out: NDArray[np.uint8], done: Callable[[], None]
+        self,
+        layer: int,
+        block_ids: Sequence[int],
+        out: NDArray[np.uint8],
+        done: Callable[[], None],
+        failed: Callable[[str], None],
     ) -> None:
-        """Queue the copy of blocks into ``out`` and return; ``done`` is called in order."""
+        """Queue the copy of blocks into ``out`` and return; the callbacks come in order."""
         torch = self._torch
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
+        ids = self._device_ids(tuple(block_ids))
         rows = gather_plain(self._layers[layer], self._axes, self._layout.head_dim, ids)
         gathered = torch.cuda.Event()
         gathered.record(torch.cuda.current_stream(self._device))
@@ -119,12 +126,29 @@ class DevicePort:
             copied.record(self._publish_stream)
 
         def finish() -> None:
-            copied.synchronize()
-            source = host.reshape(-1).view(torch.uint8).numpy()
-            out[:] = source.reshape(out.shape)
+            try:
+                copied.synchronize()
+                source = host.reshape(-1).view(torch.uint8).numpy()
+                out[:] = source.reshape(out.shape)
+            except Exception as error:
+                failed(f"copying from {self._device} failed: {type(error).__name__}: {error}")
+                return
             done()
 
         self._jobs.put(finish)
+
+    def _device_ids(self, block_ids: tuple[int, ...]) -> torch.Tensor:
+        """Return block ids on the device; copied once for all layers of a step, not blocking."""
+        if self._ids is None or self._ids[0] != block_ids:
+            torch = self._torch
+            pinned = torch.tensor(block_ids, dtype=torch.int64, pin_memory=True)
+            # The pinned original is kept: the copy may still read it.
+            self._ids = (block_ids, pinned, pinned.to(self._device, non_blocking=True))
+        return self._ids[2]
+
+    def before_loads(self) -> None:
+        """Mark what the compute stream has queued: loads of this step come after it."""
+        self._computed.record(self._torch.cuda.current_stream(self._device))
 
     def after_publishes(self, action: Callable[[], None]) -> None:
         """Call ``action`` in the copy thread once every publish so far is done."""
@@ -135,8 +159,8 @@ class DevicePort:
             try:
                 job()
             except Exception:
-                # The publication stays incomplete: its reader times out and recomputes.
-                logger.exception("copying KV from %s to the staging area failed", self._device)
+                # A publication that is not told done or failed ends with its lease.
+                logger.exception("telling the end of a copy from %s failed", self._device)
 
     def _load_stream(self) -> Any:
         if not hasattr(self._load_streams, "stream"):
@@ -190,6 +214,8 @@ class DevicePort:
         ids = torch.tensor(block_ids, dtype=torch.int64, pin_memory=True)
         stream = self._load_stream()
         with torch.cuda.stream(stream):
+            # Blocks that a step still in flight may write are not ours before it has ended.
+            stream.wait_event(self._computed)
             values = host.to(self._device, non_blocking=True)
             scatter_plain(
                 tensor,

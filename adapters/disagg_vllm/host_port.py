@@ -28,11 +28,19 @@ class HostPort:
         self._head_elements = 2 * layout.block_size_tokens * layout.head_dim
 
     def publish(
-        self, layer: int, block_ids: Sequence[int], out: NDArray[np.uint8], done: Callable[[], None]
+        self,
+        layer: int,
+        block_ids: Sequence[int],
+        out: NDArray[np.uint8],
+        done: Callable[[], None],
+        failed: Callable[[str], None],
     ) -> None:
         """Copy blocks into ``out`` (uint8, ``(blocks, row_bytes)``), then call ``done``."""
         self._caches.gather(layer, block_ids, out)
         done()
+
+    def before_loads(self) -> None:
+        """Nothing to mark: host computation ends before a step does."""
 
     def after_publishes(self, action: Callable[[], None]) -> None:
         """Call ``action`` once every publish so far is done: at once, copies are synchronous."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from disagg_plugins.errors import DisaggError, UnsupportedEngineError
+from disagg_plugins.errors import AuthenticationError, DisaggError, UnsupportedEngineError
 from disagg_plugins.handoff.prompts import prompt_digest
 from disagg_vllm.params import HandoffParams, answer_params, read_params
 from disagg_vllm.steps import (
@@ -83,7 +83,8 @@ class SchedulerSide:
         staging_bytes: The bound on one rank's staging area.
         staging_wait_s: How long a prefill waits for staging.
         tp_size: Ranks of this worker.
-        verify: Checks a ticket and returns its handoff id; raises ``DisaggError``.
+        verify: Checks a ticket for this worker and a step and returns its handoff id; raises
+            ``DisaggError``.
         report: Takes a record for the gateway; must not block.
         clock: Monotonic seconds.
     """
@@ -96,7 +97,7 @@ class SchedulerSide:
         staging_bytes: int,
         staging_wait_s: float,
         tp_size: int,
-        verify: Callable[[str], HandoffId],
+        verify: Callable[[str, Literal["prefill", "decode"]], HandoffId],
         report: Report,
         clock: Callable[[], float],
     ) -> None:
@@ -111,6 +112,7 @@ class SchedulerSide:
         self._prefills: dict[str, PrefillJob] = {}
         self._decodes: dict[str, DecodeJob] = {}
         self._seen: dict[str, None] = {}
+        self._handoffs: dict[str, str] = {}
         self._reserved: dict[str, int] = {}
         self._ended: Counter[str] = Counter()
         self._plan = StepPlan()
@@ -139,7 +141,12 @@ class SchedulerSide:
             params = read_params(getattr(request, "kv_transfer_params", None))
             if params is None:
                 return
-            handoff_id = self._verify(params.ticket)
+            handoff_id = self._verify(params.ticket, params.step)
+            if handoff_id in self._handoffs:
+                raise AuthenticationError(
+                    f"handoff {handoff_id} is in use by request {self._handoffs[handoff_id]}; a "
+                    "ticket is good for one request on each side"
+                )
             if getattr(request, "lora_request", None) is not None:
                 raise UnsupportedEngineError(
                     "the request uses a LoRA adapter, and adapters are not part of what the two "
@@ -150,6 +157,7 @@ class SchedulerSide:
             logger.warning("request %s runs without a handoff: %s", request_id, error)
             return
         num_tokens = request.num_prompt_tokens
+        self._handoffs[handoff_id] = request_id
         if params.step == "prefill":
             blocks = -(-num_tokens // self._block_size_tokens)
             self._prefills[request_id] = PrefillJob(
@@ -172,6 +180,7 @@ class SchedulerSide:
             f"({num_tokens} tokens): tokenizer or chat template differ; the prompt is computed here"
         )
         self.counts["mismatched"] += 1
+        self._handoffs.pop(handoff_id, None)
         logger.warning("request %s, handoff %s: %s", request_id, handoff_id, problem)
         self._release(handoff_id, params, failed=problem)
         self._report_failure(handoff_id, problem, tokens_recomputed=num_tokens)
@@ -215,6 +224,7 @@ class SchedulerSide:
         )
         logger.warning("request %s, handoff %s: %s", request_id, job.handoff_id, problem)
         self._report_failure(job.handoff_id, problem)
+        self._handoffs.pop(job.handoff_id, None)
         del self._prefills[request_id]
         return True
 
@@ -239,6 +249,7 @@ class SchedulerSide:
                 job.handoff_id,
                 job.params.ticket,
                 job.params.endpoints,
+                job.params.prompt,
                 first_token,
                 job.num_prompt_tokens,
                 tuple(block_ids[: -(-job.num_prompt_tokens // self._block_size_tokens)]),
@@ -294,6 +305,7 @@ class SchedulerSide:
                 job.handoff_id,
                 job.ticket,
                 job.num_tokens,
+                job.prompt,
                 job.blocks_published,
                 tuple(job.block_ids[job.blocks_published : end_block]),
                 last,
@@ -309,6 +321,9 @@ class SchedulerSide:
         """Return what travels back to the gateway, or None (vLLM's ``request_finished``)."""
         request_id = request.request_id
         self._seen.pop(request_id, None)
+        for job in (self._prefills.get(request_id), self._decodes.get(request_id)):
+            if job is not None:
+                self._handoffs.pop(job.handoff_id, None)
         if (prefill := self._prefills.pop(request_id, None)) is not None:
             if prefill.complete:
                 return answer_params(
@@ -321,10 +336,11 @@ class SchedulerSide:
             else:
                 self._reserved.pop(prefill.handoff_id, None)
             self.counts["aborted"] += 1
-        elif (job := self._decodes.get(request_id)) is not None:
-            if job.state == "waiting":
-                self._release(job.handoff_id, job.params, failed="the decode request was aborted")
-            if job.state != "loading":
+        elif (decode := self._decodes.get(request_id)) is not None:
+            if decode.state == "waiting":
+                failed = "the decode request was aborted"
+                self._release(decode.handoff_id, decode.params, failed=failed)
+            if decode.state != "loading":
                 del self._decodes[request_id]
         return None
 

@@ -19,6 +19,7 @@ class PublishStep:
         handoff_id: The handoff.
         ticket: The gateway's ticket.
         num_tokens: Prompt tokens that the handoff will hold in the end.
+        prompt: Digest of the prompt.
         first_block: First block to publish in this step.
         block_ids: Engine block ids of ``[first_block, first_block + len(block_ids))``.
         last: Whether this step completes the prompt.
@@ -27,6 +28,7 @@ class PublishStep:
     handoff_id: str
     ticket: str
     num_tokens: int
+    prompt: str
     first_block: int
     block_ids: tuple[int, ...]
     last: bool
@@ -41,6 +43,7 @@ class LoadStep:
         handoff_id: The handoff.
         ticket: The gateway's ticket.
         endpoints: Where the prefill ranks serve, as received.
+        prompt: Digest of the prompt.
         first_token: First token to load: what the local prefix cache holds already, block aligned.
         end_token: End of the prompt.
         block_ids: Engine block ids from block 0 on, over the whole prompt.
@@ -50,6 +53,7 @@ class LoadStep:
     handoff_id: str
     ticket: str
     endpoints: tuple[Mapping[str, object], ...]
+    prompt: str
     first_token: int
     end_token: int
     block_ids: tuple[int, ...]

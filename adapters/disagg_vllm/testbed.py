@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from disagg_plugins.errors import DisaggError
 from disagg_plugins.launch.interfaces import LaunchCommand
 from disagg_plugins.launch.local import LocalFleet, RunningWorker, healthy, tail_of
 from disagg_plugins.policy import Policy, WorkerPolicy, load_policy
+from disagg_vllm.client import complete
 from disagg_vllm.launcher import VllmLauncher
 
 MODEL_NAME = "demo"
@@ -188,8 +190,20 @@ class Testbed:
         if self._with_gateway:
             self.start_gateway()
         self._fleet.start()
+        self._warm_up()
         if self._with_gateway:
             self.wait_ready()
+
+    def _warm_up(self) -> None:
+        """Send every server a first request: vLLM's CPU build compiles for seconds then."""
+        self.say("warming up")
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            answers = [
+                pool.submit(complete, url, "Hello", max_tokens=2, model=MODEL_NAME)
+                for url in self.urls.values()
+            ]
+            for answer in answers:
+                answer.result()
 
     def start_gateway(self) -> None:
         """Start the gateway and wait until it answers."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
-from disagg_plugins.errors import DisaggError, HandoffAborted
+from disagg_plugins.errors import DisaggError, HandoffAborted, LocalProtocolError
 from disagg_plugins.handoff.endpoints import from_json
 from disagg_plugins.types import HandoffId
 from disagg_vllm.caches import expand
@@ -31,17 +32,35 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOADER_THREADS = 4
-"""Loads that one rank runs at once. Copies are bound by memory, more threads only queue."""
+LOADER_THREADS = 16
+"""Loads that one rank runs at once; most of them wait for a peer."""
+
+LOADS_PER_PEER = 4
+"""Loads from one peer at once, so that a peer that hangs leaves threads for the others."""
+
+RELEASE_THREADS = 1
 
 
 class CachePort(Protocol):
     """Moves block rows between the engine's caches and byte buffers."""
 
     def publish(
-        self, layer: int, block_ids: Sequence[int], out: NDArray[np.uint8], done: Callable[[], None]
+        self,
+        layer: int,
+        block_ids: Sequence[int],
+        out: NDArray[np.uint8],
+        done: Callable[[], None],
+        failed: Callable[[str], None],
     ) -> None:
-        """Copy blocks into ``out`` and call ``done`` when they are there; must not block."""
+        """Copy blocks into ``out``; must not block.
+
+        Calls ``done`` when the rows are there, or ``failed`` with the reason when they never will
+        be; what it raises itself is the caller's to handle.
+        """
+        ...
+
+    def before_loads(self) -> None:
+        """Mark what the engine has queued so far: loads that start now come after it."""
         ...
 
     def after_publishes(self, action: Callable[[], None]) -> None:
@@ -167,6 +186,9 @@ class WorkerSide:
         self._publications: dict[str, Publication] = {}
         self._step: list[tuple[PublishStep, Publication, list[int]]] = []
         self._pool = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="disagg-load")
+        self._releaser = ThreadPoolExecutor(RELEASE_THREADS, thread_name_prefix="disagg-release")
+        self._peers: Counter[str] = Counter()
+        self._queued: list[tuple[str, LoadStep, float]] = []
         self._lock = threading.Lock()
         self._ended: Counter[str] = Counter()
         self._loads: list[LoadResult] = []
@@ -191,7 +213,9 @@ class WorkerSide:
         if item.first_block > 0:
             return None
         try:
-            publication = self._store.open(self._verify(item.ticket), item.num_tokens)
+            publication = self._store.open(
+                self._verify(item.ticket), item.num_tokens, prompt=item.prompt
+            )
         except DisaggError as error:
             logger.warning("handoff %s is not published: %s", item.handoff_id, error)
             self._count("publish_failed", 1)
@@ -210,15 +234,29 @@ class WorkerSide:
             end = publication.num_blocks if item.last else first + len(blocks)
             blocks = blocks[: end - first]
 
+            def failed(
+                reason: str, publication: Publication = publication, id_: str = item.handoff_id
+            ) -> None:
+                logger.warning("handoff %s: layer %d: %s", id_, layer, reason)
+                publication.abort(reason)
+
             def done(publication: Publication = publication, end: int = end) -> None:
                 publication.publish(layer, end)
 
             try:
+                if len(blocks) != end - first:
+                    raise LocalProtocolError(
+                        f"{len(blocks)} blocks were computed, {end - first} belong to the handoff"
+                    )
                 out = publication.rows(layer)[first:end]
-                self._port.publish(layer, blocks, out, done)
+                self._port.publish(layer, blocks, out, done, failed)
             except DisaggError as error:
                 logger.warning("handoff %s: layer %d: %s", item.handoff_id, layer, error)
                 self._drop(item.handoff_id, str(error))
+            except Exception as error:
+                # Inside the engine's forward pass: one handoff may fail, the engine may not.
+                logger.exception("handoff %s: layer %d", item.handoff_id, layer)
+                self._drop(item.handoff_id, f"{type(error).__name__}: {error}")
 
     def _drop(self, handoff_id: str, reason: str) -> None:
         publication = self._publications.pop(handoff_id, None)
@@ -246,13 +284,38 @@ class WorkerSide:
     # Loading -------------------------------------------------------------------------------
 
     def start_loads(self, plan: StepPlan) -> None:
-        """Hand this step's loads and releases to the loader threads."""
-        for load in plan.load:
-            self._pool.submit(self._load, load)
+        """Hand this step's loads and releases to threads; ``handoff.load_s`` runs from here."""
+        now_s = time.monotonic()
+        if plan.load:
+            self._port.before_loads()
+        with self._lock:
+            self._queued += [(_peer_of(load), load, now_s) for load in plan.load]
+        self._start_queued()
         for release in plan.release:
-            self._pool.submit(self._release, release)
+            self._releaser.submit(self._release, release)
 
-    def _load(self, step: LoadStep) -> None:
+    def _start_queued(self) -> None:
+        """Start queued loads, oldest first, of peers that have less than their share running."""
+        with self._lock:
+            waiting, self._queued = self._queued, []
+            for peer, step, started_s in waiting:
+                if self._peers[peer] < LOADS_PER_PEER:
+                    self._peers[peer] += 1
+                    self._pool.submit(self._load_from, peer, step, started_s)
+                else:
+                    self._queued.append((peer, step, started_s))
+
+    def _load_from(self, peer: str, step: LoadStep, started_s: float) -> None:
+        try:
+            self._load(step, started_s)
+        finally:
+            with self._lock:
+                self._peers[peer] -= 1
+                if not self._peers[peer]:
+                    del self._peers[peer]
+            self._start_queued()
+
+    def _load(self, step: LoadStep, started_s: float) -> None:
         result = LoadResult(step.request_id, step.handoff_id, problem="the loader thread failed")
         try:
             sink = BlockSink(self._port, self._layout, expand(step.block_ids, self._block_ratio))
@@ -263,6 +326,8 @@ class WorkerSide:
                 first_token=step.first_token,
                 end_token=step.end_token,
                 sink=sink,
+                prompt=step.prompt,
+                started_s=started_s,
             )
             self._port.finish_load()
             result = LoadResult(
@@ -333,8 +398,14 @@ class WorkerSide:
     def close(self) -> None:
         """Stop serving and loading; bounded by the policy's time-outs."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._releaser.shutdown(wait=False, cancel_futures=True)
         for listener in self._listeners:
             listener.close()
         self._reader.close()
         self._port.close()
         self._store.close()
+
+
+def _peer_of(step: LoadStep) -> str:
+    """Return what tells one prefill worker from another, of any shape it was sent in."""
+    return repr(step.endpoints[:1])[:512]

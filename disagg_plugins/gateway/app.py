@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 GC_YOUNG_OBJECTS = 20_000
 """Allocations between two looks of the garbage collector: about 100 requests, or 4 MiB."""
 
+ENDING_S = 1.0
+"""After draining, tasks that did not heed their cancellation are named and cancelled again."""
+
 BACKLOG = 2048
 """Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn."""
 
@@ -110,24 +113,55 @@ async def _run(
     ready: Callable[[Gateway], object] | None,
     stop: asyncio.Event,
 ) -> None:
-    loop = asyncio.get_running_loop()
-    async with asyncio.TaskGroup() as tasks:
-        gateway = Gateway(policy, parts, tasks)
-        server = await loop.create_server(
-            lambda: ClientConnection(gateway), sock=sock, backlog=BACKLOG
-        )
-        probing = tasks.create_task(gateway.prober.run())
-        watching = tasks.create_task(gateway.watch())
-        log.info("listening on http://%s:%d", policy.gateway.host, policy.gateway.port)
-        try:
-            if ready is not None:
-                ready(gateway)
-            await stop.wait()
-        finally:
-            server.close()
-            probing.cancel()
-            await gateway.drain()
-            watching.cancel()
+    ending = _Insisting()
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            gateway = Gateway(policy, parts, tasks)
+            server = await asyncio.get_running_loop().create_server(
+                lambda: ClientConnection(gateway), sock=sock, backlog=BACKLOG
+            )
+            gateway.start()
+            log.info("listening on http://%s:%d", policy.gateway.host, policy.gateway.port)
+            try:
+                if ready is not None:
+                    ready(gateway)
+                await stop.wait()
+            finally:
+                server.close()
+                try:
+                    await gateway.drain()
+                finally:
+                    gateway.stop()
+                    ending.start(gateway.running)
+    finally:
+        ending.stop()
+
+
+class _Insisting:
+    """Cancels what is left of the gateway again and again, so that its end is bounded.
+
+    A cancellation can be lost: a task that is just being told of a time-out may take one for the
+    other.
+    """
+
+    def __init__(self) -> None:
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, running: Callable[[], list[asyncio.Task[None]]]) -> None:
+        """Look again in ``ENDING_S`` at what is running then."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(ENDING_S, self._again, running)
+
+    def stop(self) -> None:
+        """Everything has ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _again(self, running: Callable[[], list[asyncio.Task[None]]]) -> None:
+        for task in running():
+            log.warning("still running at the end, cancelled again: %r", task)
+            task.cancel()
+        self.start(running)
 
 
 def _check_engines(policy: Policy, host: PluginHost) -> None:

@@ -59,15 +59,19 @@ class FleetState:
         self._model = model
         self._unhealthy_after = unhealthy_after
         self._loads = {name: state.load() for name, state in self.states.items()}
+        self._stale: set[str] = set()  # loads to be made anew when somebody looks
         self._view = FleetView(workers, self._loads)
 
     def view(self) -> FleetView:
-        """Return the fleet as the scheduler sees it; it shows later changes too."""
+        """Return the fleet as the scheduler sees it now; the next call brings it up to date."""
+        while self._stale:
+            name = self._stale.pop()
+            self._loads[name] = self.states[name].load()
         return self._view
 
     def view_without(self, name: str) -> FleetView:
         """Return the fleet with one worker taken out."""
-        loads = dict(self._loads)
+        loads = dict(self.view().loads)
         loads[name] = WorkerLoad(healthy=False)
         return FleetView(self.workers, loads)
 
@@ -76,20 +80,20 @@ class FleetState:
         state = self.states[name]
         state.requests += 1
         state.prompt_tokens += prompt_tokens
-        self._loads[name] = state.load()
+        self._stale.add(name)
 
     def prompt_read(self, name: str, prompt_tokens: int) -> None:
         """The worker has read the prompt."""
         state = self.states[name]
         state.prompt_tokens -= prompt_tokens
-        self._loads[name] = state.load()
+        self._stale.add(name)
 
     def end(self, name: str, prompt_tokens: int) -> None:
         """The request left the worker; ``prompt_tokens`` as far as not yet read."""
         state = self.states[name]
         state.requests -= 1
         state.prompt_tokens -= prompt_tokens
-        self._loads[name] = state.load()
+        self._stale.add(name)
 
     def succeeded(self, name: str) -> None:
         """The worker did its part of a request."""
@@ -192,4 +196,4 @@ class FleetState:
         roles = {Role.DECODE} | {
             r for r in (Role.PREFILL,) for w in self.workers if w.role.serves(r)
         }
-        return {str(role): bool(self._view.serving(role)) for role in sorted(roles)}
+        return {str(role): bool(self.view().serving(role)) for role in sorted(roles)}

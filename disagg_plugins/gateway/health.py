@@ -97,12 +97,12 @@ class Prober:
         self._probe_s = probe_s
         self._timeout_s = timeout_s
         self.cards: dict[str, object] = {}
+        self.tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
         """Probe until cancelled; each worker at its own pace: a slow one delays no other."""
         async with asyncio.TaskGroup() as tasks:
-            for worker in self._fleet.workers:
-                tasks.create_task(self._watch(worker))
+            self.tasks = [tasks.create_task(self._watch(w)) for w in self._fleet.workers]
 
     async def _watch(self, worker: Worker) -> None:
         while True:

@@ -51,12 +51,20 @@ POOL_SWEEP_S = 5.0
 CLOSING_S = 1.0
 """How long the end waits for sockets that were told to close."""
 
+RECORDS_S = 5.0
+"""How long the end waits for the disk that takes the last records."""
+
 
 class Decides(Protocol):
     """What the gateway needs of the scheduler."""
 
     def decide(self, profile: RequestProfile, fleet: FleetView) -> Decision:
         """Return the route of a request."""
+        ...
+
+    @property
+    def wants_ends(self) -> bool:
+        """Whether some plugin wants to be told how requests end."""
         ...
 
     def request_ended(self, record: Mapping[str, object]) -> None:
@@ -105,6 +113,8 @@ class Gateway:
             unhealthy_after=policy.gateway.unhealthy_after,
         )
         self._tasks = tasks
+        self._helpers: set[asyncio.Task[None]] = set()
+        self._lasting: list[asyncio.Task[None]] = []
         connect_s = policy.gateway.connect_s
         self.pools = {w.name: WorkerPool(w, self._spawn, connect_s=connect_s) for w in workers}
         self.prober = Prober(
@@ -139,8 +149,26 @@ class Gateway:
             lambda: sum(s.healthy for s in self.fleet.states.values()),
         )
 
+    def start(self) -> None:
+        """Begin to probe the workers and to watch deadlines."""
+        self._lasting = [
+            self._tasks.create_task(self.prober.run()),
+            self._tasks.create_task(self.watch()),
+        ]
+
+    def stop(self) -> None:
+        """Cancel everything that runs by itself."""
+        for task in self.running():
+            task.cancel()
+
+    def running(self) -> list[asyncio.Task[None]]:
+        """Return every task that is not done."""
+        return [t for t in (*self._lasting, *self.prober.tasks, *self._helpers) if not t.done()]
+
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        self._tasks.create_task(self._guarded(work))
+        helper = self._tasks.create_task(self._guarded(work))
+        self._helpers.add(helper)
+        helper.add_done_callback(self._helpers.discard)
 
     async def _guarded(self, work: Coroutine[object, object, None]) -> None:
         # One failed helper must not end the group that all requests share.
@@ -316,6 +344,8 @@ class Gateway:
         self.recent.append((record.route, record.split, _reason_label(record.why)))
         if self._records is not None and not self._records.add(record):
             self.metrics.count("disagg_records_dropped")
+        if not self._scheduler.wants_ends:
+            return
         try:
             self._scheduler.request_ended(record.as_dict())
         except DisaggError:
@@ -373,6 +403,8 @@ class Gateway:
     async def drain(self) -> None:
         """Let open requests end, within ``drain_s``; then close everything."""
         self.draining = True
+        for task in self._lasting[:1]:
+            task.cancel()  # no more probes
         await asyncio.sleep(0.01)  # connections may have been accepted that are not made yet
         for client in list(self.connections):
             client.close()
@@ -381,11 +413,17 @@ class Gateway:
         for client in list(self.connections):
             client.transport.abort()
         await self._until(lambda: not self.connections, time.monotonic() + CLOSING_S)
+        for exchange in list(self.active):
+            exchange.close()
         for pool in self.pools.values():
             pool.close()
         self.ledger.settle_all()
         if self._records is not None:
-            await asyncio.to_thread(self._records.close)
+            try:
+                async with asyncio.timeout(RECORDS_S):
+                    await asyncio.to_thread(self._records.close)
+            except TimeoutError:
+                log.error("the last records were not written within %g s", RECORDS_S)
 
 
 @functools.lru_cache(maxsize=4096)

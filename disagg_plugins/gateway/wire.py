@@ -40,6 +40,9 @@ NOT_UPSTREAM = HOP_BY_HOP | {
 }
 NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 
+_PLAIN_CONNECTION = (b"keep-alive", b"close")
+"""The usual values of ``Connection``; they name no other header."""
+
 MAX_REQUEST_ID_CHARS = 128
 _ID_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._:-")
 
@@ -83,9 +86,10 @@ def _named_by_connection(headers: Sequence[Header]) -> frozenset[bytes]:
 
 def forwarded(headers: Sequence[Header], dropped: frozenset[bytes]) -> bytes:
     """Return the headers that pass to the other side, as lines."""
-    named = _named_by_connection(headers)
-    if named:
-        dropped = dropped | named
+    for key, value in headers:
+        if key == b"connection" and value not in _PLAIN_CONNECTION:
+            dropped = dropped | _named_by_connection(headers)
+            break
     return b"".join([b"%b: %b\r\n" % h for h in headers if h[0] not in dropped])
 
 

@@ -146,7 +146,7 @@ class Connection:
         self._claimed = self._store.claim(ticket.handoff_id, peer.tp_rank, peer.tp_size)
         self._decode_rank = peer.tp_rank
         publication = self._claimed
-        self._wire.send(self._session.offer(publication.num_tokens))
+        self._wire.send(self._session.offer(publication.num_tokens, publication.prompt))
         while True:
             frame_type, payload = self._receive(FrameType.READ)
             if frame_type is FrameType.END:

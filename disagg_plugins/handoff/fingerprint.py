@@ -1,19 +1,29 @@
 """Which weights a worker serves, as a digest that does not depend on paths or names.
 
 Two workers may hand KV to each other only if they computed it with the same weights. Hashing
-gigabytes at every start would cost minutes, so each weight file gives its size, its header and
-samples spread evenly over its length: a fine-tuned or requantised copy differs in them.
+hundreds of gigabytes at every start would cost minutes, so small files are hashed whole, and large
+ones by their header and samples: of a safetensors file, pieces of every tensor, so that an edit of
+any layer shows; of other files, pieces spread evenly. An edit that changes single elements of a
+large tensor and spares every sample is not seen: give such weights another revision or name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-SAMPLES_PER_FILE = 64
+WHOLE_BYTES = 1 << 28
+"""Files up to 256 MiB are hashed whole: about 0.2 s."""
+
+SAMPLES_PER_FILE = 4096
+SAMPLES_PER_TENSOR = 4
 SAMPLE_BYTES = 4096
-HEADER_BYTES = 1 << 16
+MAX_HEADER_BYTES = 100 << 20
+"""The safetensors format's own bound on its header."""
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 CONFIG_KEYS_IGNORED = frozenset(
@@ -27,37 +37,65 @@ def weights_identity(model: str) -> str:
     """Return a digest of the model's configuration and weights.
 
     Args:
-        model: A folder with ``config.json`` and weight files. Anything else, such as a hub name
-            that is not on this disk, stands for itself.
+        model: A folder with ``config.json`` and weight files, or one weight file. Anything else,
+            such as a hub name that is not on this disk, stands for itself.
 
     Returns:
         ``weights:`` and 24 hexadecimal digits, or ``name:`` and the name.
     """
-    folder = Path(model)
-    files = (
-        sorted(p for p in folder.glob("*") if p.suffix in WEIGHT_SUFFIXES)
-        if (folder.is_dir())
-        else []
-    )
+    path = Path(model)
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(p for p in path.glob("*") if p.suffix in WEIGHT_SUFFIXES)
+    else:
+        files = []
     if not files:
         return f"name:{model[-200:]}"
     digest = hashlib.sha256()
-    config = folder / "config.json"
+    config = path / "config.json"
     if config.is_file():
         values = json.loads(config.read_text())
         kept = {k: v for k, v in values.items() if k not in CONFIG_KEYS_IGNORED}
         digest.update(json.dumps(kept, sort_keys=True).encode())
-    for path in files:
-        digest.update(_file_sample(path))
+    for each in files:
+        digest.update(_file_digest(each))
     return f"weights:{digest.hexdigest()[:24]}"
 
 
-def _file_sample(path: Path) -> bytes:
+def _file_digest(path: Path) -> bytes:
     size_bytes = path.stat().st_size
     digest = hashlib.sha256(size_bytes.to_bytes(8, "little"))
     with path.open("rb") as file:
-        digest.update(file.read(HEADER_BYTES))
-        for i in range(SAMPLES_PER_FILE):
-            file.seek(size_bytes * i // SAMPLES_PER_FILE)
-            digest.update(file.read(SAMPLE_BYTES))
+        if size_bytes <= WHOLE_BYTES:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+            return digest.digest()
+        for start_byte, end_byte in _samples(path, file, size_bytes):
+            file.seek(start_byte)
+            digest.update(file.read(end_byte - start_byte))
     return digest.digest()
+
+
+def _samples(path: Path, file: BinaryIO, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield half-open byte ranges to hash: the header and pieces of every tensor."""
+    if path.suffix == ".safetensors":
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes <= min(MAX_HEADER_BYTES, size_bytes - 8):
+            data_at = 8 + header_bytes
+            header = json.loads(file.read(header_bytes))
+            yield 0, data_at
+            for name in sorted(header):
+                if name != "__metadata__":
+                    start, end = header[name]["data_offsets"]
+                    yield from _spread(data_at + start, data_at + end, SAMPLES_PER_TENSOR)
+            return
+    yield from _spread(0, size_bytes, SAMPLES_PER_FILE)
+
+
+def _spread(start_byte: int, end_byte: int, count: int) -> Iterator[tuple[int, int]]:
+    """Yield ``count`` ranges spread evenly, the first at the start and the last at the end."""
+    span = max(0, end_byte - start_byte - SAMPLE_BYTES)
+    for i in range(count):
+        at = start_byte + span * i // max(1, count - 1)
+        yield at, min(end_byte, at + SAMPLE_BYTES)

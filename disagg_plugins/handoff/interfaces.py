@@ -66,11 +66,13 @@ class Offer:
         num_tokens: Tokens that will be published (valid tokens; the last block may hold fewer).
         layout: The publisher's layout for this rank.
         form: How ``Channel.read`` will deliver.
+        prompt: Digest of the prompt whose KV this is (``prompts.py``); empty where unknown.
     """
 
     num_tokens: int
     layout: KVLayout
     form: Form
+    prompt: str = ""
 
 
 class Channel(Protocol):

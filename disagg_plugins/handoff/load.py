@@ -55,6 +55,7 @@ class Load:
         first_token: First token to load.
         end_token: End of the half-open range.
         sink: Where the bytes go.
+        prompt: Digest of the prompt whose KV is wanted; empty: not compared.
         load_s: Bound on the whole load; counted from ``started_s``.
         started_s: Monotonic time.
     """
@@ -67,6 +68,7 @@ class Load:
     sink: Sink
     load_s: float
     started_s: float
+    prompt: str = ""
     parts: list[Part] = field(default_factory=list)
     payload_bytes: int = 0
     form: Form = "native"
@@ -80,15 +82,23 @@ class Load:
         """Take over a claimed part, then look at what it offers.
 
         Raises:
-            HandoffAborted: The publisher has fewer tokens than are asked for.
+            HandoffAborted: The publisher has another number of tokens, or another prompt.
             RemoteProtocolError: The rank holds other heads than its number says.
         """
         self.parts.append(part)
         offer, source = part.offer, part.source
-        if offer.num_tokens < self.end_token:
+        if offer.num_tokens < self.end_token or (
+            self.prompt and offer.num_tokens != self.end_token
+        ):
             raise HandoffAborted(
                 self.handoff_id,
                 f"the publisher has {offer.num_tokens} tokens, {self.end_token} were asked for",
+            )
+        if self.prompt and offer.prompt != self.prompt:
+            raise HandoffAborted(
+                self.handoff_id,
+                f"the publisher holds KV of another prompt ({offer.prompt or 'unnamed'}, not "
+                f"{self.prompt})",
             )
         end_head = offer.layout.head_start + offer.layout.num_kv_heads_local
         if not offer.layout.head_start <= source.first_head <= source.end_head <= end_head:
@@ -103,7 +113,7 @@ class Load:
             if part.source.first_head < part.source.end_head:
                 self._read_part(part)
         for part in self.parts:
-            self._check_time()
+            self.check_time()
             part.channel.end(Outcome.CONSUMED)
             part.ended = True
 
@@ -150,7 +160,7 @@ class Load:
             if rows:
                 self.sink.write_native(layer, block, rows)
                 block += len(rows) // layout.row_bytes
-            self._check_time()
+            self.check_time()
         self.payload_bytes += layout.num_layers * num_blocks * layout.row_bytes
 
     def _read_canonical(self, part: Part, first_token: int, end_token: int) -> None:
@@ -165,7 +175,7 @@ class Load:
         for layer, kv in items:
             self.sink.write_canonical(layer, first_token, first_head, end_head, kv)
             self.payload_bytes += len(kv)
-            self._check_time()
+            self.check_time()
 
     def _tokens_per_read(self, part: Part, form: Form) -> int:
         """Return how many tokens, in whole blocks, one READ asks for."""
@@ -176,7 +186,8 @@ class Load:
         blocks = bound // layout.canonical_bytes(layout.block_size_tokens, heads)
         return max(1, blocks) * layout.block_size_tokens
 
-    def _check_time(self) -> None:
+    def check_time(self) -> None:
+        """Raise HandoffTimeout when the whole load has taken ``load_s``."""
         if time.monotonic() >= self.deadline_s:
             raise HandoffTimeout(
                 self.handoff_id,

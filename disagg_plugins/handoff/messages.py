@@ -150,6 +150,7 @@ class OfferMessage(_Message, frozen=True):
     num_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
     layout: LayoutMessage
     form: Literal["native", "canonical"]
+    prompt: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
 class Read(_Message, frozen=True):

@@ -174,12 +174,12 @@ class ServerSession:
         self.phase = Phase.CLAIMING
         return claim.ticket, peer
 
-    def offer(self, num_tokens: int) -> bytes:
+    def offer(self, num_tokens: int, prompt: str = "") -> bytes:
         """Return the OFFER frame for an accepted claim."""
         form = form_between(self.identity.layout, self._claimer().layout)
         layout = IdentityMessage.of(self.identity).layout
         self.phase = Phase.CLAIMED
-        return pack_frame(FrameType.OFFER, encode(OfferMessage(num_tokens, layout, form)))
+        return pack_frame(FrameType.OFFER, encode(OfferMessage(num_tokens, layout, form, prompt)))
 
     def read(self, payload: bytes, num_tokens: int) -> Read:
         """Take a READ of a handoff of ``num_tokens`` tokens.
@@ -330,7 +330,7 @@ class ClientSession:
             raise RemoteProtocolError("the offered layout is not the one of the handshake")
         if message.form != form_between(layout, self.identity.layout):
             raise RemoteProtocolError(f"form {message.form} does not follow from the two layouts")
-        self._offer = Offer(message.num_tokens, layout, message.form)
+        self._offer = Offer(message.num_tokens, layout, message.form, message.prompt)
         self.phase = Phase.CLAIMED
         return self._offer
 

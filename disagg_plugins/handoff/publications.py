@@ -72,17 +72,24 @@ class Publication:
     Attributes:
         handoff_id: The handoff.
         num_tokens: Valid tokens.
+        prompt: Digest of the prompt whose KV this is.
         num_blocks: Blocks that hold them.
         offset: Where its rows begin in the arena.
         progress: Counts calls of ``publish``; a waiting reader sees that the engine works.
     """
 
     def __init__(
-        self, store: PublicationStore, state: HandoffState, num_tokens: int, offset: int
+        self,
+        store: PublicationStore,
+        state: HandoffState,
+        num_tokens: int,
+        offset: int,
+        prompt: str = "",
     ) -> None:
         layout = store.identity.layout
         self.handoff_id = HandoffId(state.handoff_id)
         self.num_tokens = num_tokens
+        self.prompt = prompt
         self.num_blocks = layout.num_blocks(num_tokens)
         self.offset = offset
         self.state = state
@@ -251,12 +258,15 @@ class PublicationStore:
         if self._sweeper is not None:
             self._sweeper.start()
 
-    def open(self, ticket: Ticket, num_tokens: int, *, wait_s: float = 0.0) -> Publication:
+    def open(
+        self, ticket: Ticket, num_tokens: int, *, prompt: str = "", wait_s: float = 0.0
+    ) -> Publication:
         """Take staging for ``num_tokens`` tokens and start the lease.
 
         Args:
             ticket: A ticket that ``tickets.verify`` has returned.
             num_tokens: Tokens that will be published.
+            prompt: Digest of the prompt (``prompts.py``), told to readers with the offer.
             wait_s: How long to wait for staging when it is full; the adapter decides where
                 waiting is harmless.
 
@@ -280,7 +290,7 @@ class PublicationStore:
                     now_s=self.now_s(),
                     readers_of=self._readers_of,
                 )
-                publication = Publication(self, state, num_tokens, offset)
+                publication = Publication(self, state, num_tokens, offset, prompt)
             except BaseException:
                 self.arena.free(offset)
                 raise

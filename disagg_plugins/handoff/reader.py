@@ -87,6 +87,8 @@ class HandoffReader:
         first_token: int,
         end_token: int,
         sink: Sink,
+        prompt: str = "",
+        started_s: float | None = None,
     ) -> LoadReport:
         """Load tokens ``[first_token, end_token)`` into ``sink``; blocks the calling thread.
 
@@ -100,18 +102,25 @@ class HandoffReader:
             first_token: First token to load.
             end_token: End of the half-open range.
             sink: Where the bytes go.
+            prompt: Digest of the whole prompt (``prompts.py``). Where it is given, the handoff
+                must hold exactly this prompt, and ``end_token`` is its end.
+            started_s: Monotonic time from which ``handoff.load_s`` counts, where the load has
+                waited before; now if None.
 
         Raises:
             DisaggError: Whatever went wrong; nothing that was written may be used.
         """
-        started_s = time.monotonic()
+        started_s = time.monotonic() if started_s is None else started_s
         if not 0 <= first_token < end_token:
             raise LocalProtocolError(f"tokens [{first_token}, {end_token}) cannot be loaded")
         check_complete(endpoints)
         layout, load_s = self._identity.layout, self._policy.load_s
-        load = Load(handoff_id, ticket, layout, first_token, end_token, sink, load_s, started_s)
+        load = Load(
+            handoff_id, ticket, layout, first_token, end_token, sink, load_s, started_s, prompt
+        )
         try:
             for source in self._sources(endpoints):
+                load.check_time()
                 endpoint = endpoints[source.tp_rank]
                 num_tokens = end_token - first_token
                 load.add(self._claim(source, endpoint, ticket, load.deadline_s, num_tokens))

@@ -80,6 +80,11 @@ class Scheduler:
         """Return how urgent a request is that waits for a prefill worker, from 0 to 1."""
         return self._hooks.score_queue(profile, self._weights)
 
+    @property
+    def wants_ends(self) -> bool:
+        """Whether some plugin wants to be told how requests end."""
+        return self._hooks.wants_request_end
+
     def request_ended(self, record: Mapping[str, object]) -> None:
         """Tell the plugins how a request ended."""
         self._hooks.on_request_end(record)
@@ -113,6 +118,8 @@ class Scheduler:
         return next(worker for worker in workers if worker.name == name), ""
 
     def _best(self, role: Role, scored: Mapping[str, float], other: str | None) -> str:
+        if len(scored) == 1:
+            return next(iter(scored))
         highest = max(scored.values())
         equals = [name for name, score in scored.items() if score >= highest - TIE]
         return min(equals, key=lambda name: (name == other, self._last_turn.get((role, name), 0)))

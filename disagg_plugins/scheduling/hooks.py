@@ -75,19 +75,15 @@ class SchedulerHooks:
             {"profile": profile, "role": role, "workers": workers, "fleet": fleet},
             without=_weightless(weights),
         )
-        return {
-            name: _mean(
-                (weights.get(plugin, 1.0), scores[name])
-                for plugin, scores in answers
-                if name in scores
-            )
-            for name in names
-        }
+        weighted = [(weights.get(plugin, 1.0), scores) for plugin, scores in answers]
+        return {name: _mean([(w, s[name]) for w, s in weighted if name in s]) for name in names}
 
     def select_worker(
         self, profile: RequestProfile, role: Role, scored: Mapping[str, float]
     ) -> str | None:
         """Return the first valid answer, a key of ``scored``, or None."""
+        if not self._calls.asks("disagg_select_worker"):
+            return None
 
         def check(answer: object) -> str:
             if not isinstance(answer, str) or answer not in scored:
@@ -104,6 +100,11 @@ class SchedulerHooks:
             "disagg_score_queue", _score, {"profile": profile}, without=_weightless(weights)
         )
         return _mean((weights.get(plugin, 1.0), score) for plugin, score in answers)
+
+    @property
+    def wants_request_end(self) -> bool:
+        """Whether some plugin implements ``disagg_on_request_end``."""
+        return self._calls.asks("disagg_on_request_end")
 
     def on_request_end(self, record: Mapping[str, object]) -> None:
         """Tell every plugin how a request ended; they cannot change the record."""

@@ -32,6 +32,8 @@ Json = dict[str, object]
 
 MAX_TOKENS_SERVED = 100_000
 START_TIMEOUT_S = 10.0
+STOP_S = 1.0
+"""How long the end waits for connections that were accepted but are not made yet."""
 
 
 @dataclass(slots=True)
@@ -41,6 +43,7 @@ class Behaviour:
     Attributes:
         status: Answer with this status and an error body.
         hang: Say nothing: at all (``head``), or after ``after_chunks`` chunks (``stream``).
+        hang_after: Say nothing after the last token (``finish``) or the end mark (``DONE``).
         close: Close the connection: at once (``head``), or after ``after_chunks`` (``stream``).
         after_chunks: See ``hang`` and ``close``.
         garbage: Answer something that is not JSON (``body``) or not HTTP (``http``).
@@ -55,6 +58,7 @@ class Behaviour:
 
     status: int | None = None
     hang: Literal["head", "stream"] | None = None
+    hang_after: Literal["finish", "DONE"] | None = None
     close: Literal["head", "stream"] | None = None
     after_chunks: int = 2
     garbage: Literal["body", "http"] | None = None
@@ -161,10 +165,22 @@ class FakeEngine:
             await self._stop.wait()
         finally:
             server.close()
-            for _ in range(3):  # connections may have been accepted that are not made yet
-                for connection in list(self.connections):
-                    connection.transport.abort()
-                await asyncio.sleep(0.005)
+            await self._close_all()
+
+    async def _close_all(self) -> None:
+        """Close every connection, those too that were accepted and are not made yet.
+
+        asyncio makes an accepted connection in a task of its own. Cancelled before its first step,
+        that task would leave the socket open for ever.
+        """
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + STOP_S
+        quiet = 0
+        while quiet < 3 and loop.time() < end_s:
+            for connection in list(self.connections):
+                connection.transport.abort()
+            quiet = 0 if self.connections or len(asyncio.all_tasks()) > 1 else quiet + 1
+            await asyncio.sleep(0.005)
 
     def take_behaviour(self) -> Behaviour:
         """Return the behaviour for one request."""
@@ -384,12 +400,16 @@ class _Answer:
                 return
 
     def _end(self) -> None:
+        if self.behaviour.hang_after == "finish":
+            return
         options = self._body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage"):
             event = {"id": "x", "choices": [], "usage": self._usage()}
             self._write(b"data: %b\n\n" % msgspec.json.encode(event))
         if not self.behaviour.no_done:
             self._write(b"data: [DONE]\n\n")
+        if self.behaviour.hang_after == "DONE":
+            return
         self._to.done()
         if self.behaviour.close_delimited:
             self._to.transport.close()

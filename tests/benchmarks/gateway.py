@@ -3,7 +3,9 @@
 Both proxies do prefill, then decode. Only the proxy's own CPU time (user and system) is counted,
 so the cost of client and backend is not in the figures. A chunk's cost is the slope between two
 lengths of streams, a request's cost what is left at length zero. Rounds alternate between the two
-proxies; medians are reported. The last line is one JSON object. Takes about three minutes.
+proxies; medians are reported. The last line is one JSON object. Progress goes to stderr. Takes
+about three minutes on a quiet machine and never more than ``WHOLE_S``: on a busy one, fewer rounds
+are measured, and the JSON tells how many, and how busy the machine was.
 
     .venvs/dev/bin/python tests/benchmarks/gateway.py [--quick] [--only ours]
 """
@@ -23,7 +25,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import httptools
@@ -38,6 +41,35 @@ CONCURRENT = 8
 PROMPT = "word " * 400
 START_S = 30.0
 REQUEST_S = 60.0
+PHASE_S = 60.0
+"""Bound on one measurement; reaching it ends the benchmark with the measurement's name."""
+
+ROUNDS_S = 100.0
+"""No new round begins after this, counted from the first; two are always done."""
+
+GROWTH_S = 30.0
+"""Bound on the requests of one proxy over which memory is watched."""
+
+WHOLE_S = 236.0
+"""Bound on the whole run, start and end of the processes included."""
+
+BEGAN_S = time.monotonic()
+
+
+def say(what: str) -> None:
+    """Tell on stderr how far it is."""
+    print(f"[{time.monotonic() - BEGAN_S:5.1f} s] {what}", file=sys.stderr, flush=True)
+
+
+@asynccontextmanager
+async def phase(what: str, bound_s: float = PHASE_S) -> AsyncIterator[None]:
+    """Name a measurement and bound it."""
+    say(what)
+    try:
+        async with asyncio.timeout(bound_s):
+            yield
+    except TimeoutError as exc:
+        raise SystemExit(f"{what}: not done within {bound_s:g} s; the machine is busy") from exc
 
 
 def free_port() -> int:
@@ -308,33 +340,51 @@ async def check_split(proxy: Proxy, prefill: int, decode: int) -> None:
 
 
 async def rounds(proxies: list[Proxy], prefill: int, decode: int, quick: bool) -> float:
-    count = 160 if quick else 320
+    count = 120 if quick else 200
     direct = []
-    for number in range(2 if quick else 4):
-        direct.append(await direct_ttft(prefill, decode, 100))
+    begin_s = time.monotonic()
+    for number in range(2 if quick else 6):
+        if number >= 2 and time.monotonic() - begin_s > ROUNDS_S:
+            say("no time for more rounds")
+            break
+        async with phase(f"round {number}: direct"):
+            direct.append(await direct_ttft(prefill, decode, 100))
         for proxy in proxies:
-            short_us = await proxy.cost_us(payload(SHORT_TOKENS, stream=True), 4 * count)
-            long_us = await proxy.cost_us(payload(LONG_TOKENS, stream=True), count)
-            chunk_us = (long_us - short_us) / (LONG_TOKENS - SHORT_TOKENS)
-            whole_us = await proxy.cost_us(payload(1, stream=False), 4 * count)
-            times_s = await ttft(proxy.port, payload(2, stream=True), 150)
-            if number == 0:
-                continue  # warming up
-            proxy.chunk_us.append(chunk_us)
-            proxy.request_us.append(short_us - SHORT_TOKENS * chunk_us)
-            proxy.whole_us.append(whole_us)
-            proxy.ttft_s.append(times_s)
-            seconds = await load(proxy.port, payload(1, stream=False), 2000, 32)
-            proxy.rates.append(2000 / seconds)
+            async with phase(f"round {number}: {proxy.name}"):
+                await one_round(proxy, count, keep=number > 0)  # the first one warms up
     return statistics.median(direct)
+
+
+async def one_round(proxy: Proxy, count: int, *, keep: bool) -> None:
+    short_us = await proxy.cost_us(payload(SHORT_TOKENS, stream=True), 4 * count)
+    long_us = await proxy.cost_us(payload(LONG_TOKENS, stream=True), count)
+    chunk_us = (long_us - short_us) / (LONG_TOKENS - SHORT_TOKENS)
+    whole_us = await proxy.cost_us(payload(1, stream=False), 4 * count)
+    times_s = await ttft(proxy.port, payload(2, stream=True), 150)
+    if not keep:
+        return
+    proxy.chunk_us.append(chunk_us)
+    proxy.request_us.append(short_us - SHORT_TOKENS * chunk_us)
+    proxy.whole_us.append(whole_us)
+    proxy.ttft_s.append(times_s)
+    seconds = await load(proxy.port, payload(1, stream=False), 1000, 32)
+    proxy.rates.append(1000 / seconds)
 
 
 async def memory(proxy: Proxy, quick: bool) -> dict[str, float]:
     """Measure resident memory over many requests and with 1,000 open streams."""
-    await load(proxy.port, payload(1, stream=False), 1000, 16)
+    async with phase(f"memory: {proxy.name}, warming up"):
+        # enough to fill the ledger: a handoff of which no worker reports waits for report_wait_s
+        await load(proxy.port, payload(1, stream=False), 1000 if quick else 6000, 32)
     before = proxy.rss_mib()
-    await load(proxy.port, payload(1, stream=False), 1000 if quick else 10_000, 32)
+    count = 1000 if quick else 10_000
+    grown, end_s = 0, time.monotonic() + GROWTH_S
+    while grown < count and time.monotonic() < end_s:
+        async with phase(f"memory: {proxy.name}, {grown} of {count} requests"):
+            await load(proxy.port, payload(1, stream=False), 1000, 32)
+        grown += 1000
     after = proxy.rss_mib()
+    say(f"memory: {proxy.name}, 1000 streams")
     clients = [await connect(proxy.port) for _ in range(1000)]
     request = payload(2000, stream=True, chunk_s=0.5)
     peak = 0.0
@@ -350,6 +400,7 @@ async def memory(proxy: Proxy, quick: bool) -> dict[str, float]:
     return {
         "rss_before_mib": round(before, 1),
         "rss_growth_mib": round(after - before, 2),
+        "rss_growth_requests": grown,
         "rss_1000_streams_mib": round(peak, 1),
         "streams_open": opened,
     }
@@ -370,6 +421,7 @@ def table(
                 "ttft_ms": round(middle(p.ttft_s) * 1e3, 3),
                 "ttft_added_ms": round((middle(p.ttft_s) - direct_s) * 1e3, 3),
                 "requests_per_s": round(middle(p.rates)),
+                "rounds": len(p.rates),
                 **memories[p.name],
             }
         )
@@ -380,14 +432,16 @@ async def measure(quick: bool, only: str | None) -> dict[str, object]:
     with ExitStack() as stack:
         proxies, prefill, decode = start_all(stack, only)
         for proxy in proxies:
-            await check_split(proxy, prefill, decode)
+            async with phase(f"check: {proxy.name} splits"):
+                await check_split(proxy, prefill, decode)
         direct_s = await rounds(proxies, prefill, decode, quick)
         memories = {p.name: await memory(p, quick) for p in proxies}
         rows = table(proxies, direct_s, memories)
     by = {str(row["name"]): row for row in rows}
     for row in rows:
         print("  ".join(f"{k}={v}" for k, v in row.items()))
-    result: dict[str, object] = {"table": rows}
+    load_average = round(os.getloadavg()[0], 2)
+    result: dict[str, object] = {"table": rows, "load_average_1min": load_average}
     ours, theirs = by.get("ours"), by.get("vllm-router")
     for key, column in (
         ("cpu_per_chunk_vs_vllm_router", "cpu_us_per_chunk"),
@@ -401,12 +455,17 @@ async def measure(quick: bool, only: str | None) -> dict[str, object]:
     return result
 
 
+async def bounded(quick: bool, only: str | None) -> dict[str, object]:
+    async with phase("the whole benchmark", WHOLE_S):
+        return await measure(quick, only)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer rounds: rough figures")
     parser.add_argument("--only", choices=["ours", "router"])
     given = parser.parse_args()
-    print(json.dumps(uvloop.run(measure(given.quick, given.only))))
+    print(json.dumps(uvloop.run(bounded(given.quick, given.only))))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,9 +156,10 @@ class Stack:
         try:
             raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
             connection.request(method, path, raw, headers or {})
-            answer = connection.getresponse()
-            lowered = {k.lower(): v for k, v in answer.getheaders()}
-            return answer.status, lowered, answer.read()
+            # closed explicitly: an answer that breaks off keeps the socket open otherwise
+            with closing(connection.getresponse()) as answer:
+                lowered = {k.lower(): v for k, v in answer.getheaders()}
+                return answer.status, lowered, answer.read()
         finally:
             connection.close()
 
@@ -173,6 +175,10 @@ class Stack:
         self._sockets.append(sock)
         sock.sendall(data)
         return sock
+
+    def call(self, do: Callable[[], object]) -> None:
+        """Do something on the gateway's loop."""
+        self._loop.call_soon_threadsafe(do)
 
     # Looking inside
 

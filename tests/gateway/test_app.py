@@ -7,6 +7,7 @@ import http.client
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -69,16 +70,16 @@ def test_shutdown_lets_an_open_stream_end_and_takes_no_new_request(build: Build)
     body = b'{"model":"fake-model","prompt":"x","stream":true}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     sock = stack.raw(head + body)
-    answer = http.client.HTTPResponse(sock)
-    answer.begin()
-    first = answer.read1(10)
-    assert first
-    idle = stack.raw()
-    eventually(lambda: len(stack.gateway.connections) == 2, "a second client is connected")
-    stack.request_stop()
-    eventually(lambda: stack.gateway.draining, "the gateway drains")
-    assert idle.recv(10) == b""
-    assert (first + answer.read()).endswith(b"data: [DONE]\n\n")
+    with closing(http.client.HTTPResponse(sock)) as answer:
+        answer.begin()
+        first = answer.read1(10)
+        assert first
+        idle = stack.raw()
+        eventually(lambda: len(stack.gateway.connections) == 2, "a second client is connected")
+        stack.request_stop()
+        eventually(lambda: stack.gateway.draining, "the gateway drains")
+        assert idle.recv(10) == b""
+        assert (first + answer.read()).endswith(b"data: [DONE]\n\n")
     sock.close()
     stack.stop()
 
@@ -91,6 +92,25 @@ def test_shutdown_cuts_what_does_not_end_in_time(build: Build) -> None:
     eventually(lambda: len(stack.gateway.active) == 1, "the request runs")
     stack.stop()
     assert not stack.gateway.active
+
+
+def test_a_task_that_loses_its_cancellation_does_not_hold_up_the_end(
+    build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    stack = build(d0="decode")
+
+    async def deaf() -> None:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            await asyncio.sleep(3600)
+
+    def spawn() -> None:
+        stack.gateway.pools["d0"]._spawn(deaf())
+
+    stack.call(spawn)
+    stack.stop()
+    assert "cancelled again" in caplog.text
 
 
 def test_a_plugin_that_raises_loses_no_request(build: Build) -> None:

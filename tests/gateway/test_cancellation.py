@@ -6,6 +6,7 @@ import gc
 import json
 import socket
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 
@@ -65,6 +66,39 @@ def test_client_gone_inside_the_stream_aborts_decode(build: Build, prompt: str) 
     assert record["outcome"] == "client_gone"
     assert stack.metric("disagg_failures") == 0
     assert stack.metric("disagg_split_not_happening") == 0
+
+
+@pytest.mark.parametrize("prompt", [LONG, SHORT])
+@pytest.mark.parametrize(
+    ("end", "hang_after"), [(b"[DONE]", "DONE"), (b'"finish_reason":"length"', "finish")]
+)
+def test_client_that_leaves_with_its_whole_answer_is_ok(
+    build: Build, prompt: str, end: bytes, hang_after: Literal["DONE", "finish"]
+) -> None:
+    stack = build(behaviours={"d0": Behaviour(hang_after=hang_after, chunk_s=0.01)})
+    sock = stack.raw(request(prompt, max_tokens=16))
+    received = b""
+    while end not in received:
+        received += sock.recv(1 << 16)
+    leave(stack, sock)
+    (record,) = stack.records(1)
+    assert (record["outcome"], record["client_gone"]) == ("ok", False)
+    assert record["finish"] == "length"
+    assert 1 <= record["itl"]["count"] <= 15  # type: ignore[index]
+    assert stack.metric("disagg_failures") == 0
+
+
+def test_client_that_leaves_one_of_several_answers_is_gone(build: Build) -> None:
+    stack = build(behaviours={"d0": Behaviour(hang_after="finish")})
+    body = json.dumps({"prompt": SHORT, "stream": True, "max_tokens": 4, "n": 2}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    sock = stack.raw(head + body)
+    received = b""
+    while b'"finish_reason":"length"' not in received:
+        received += sock.recv(1 << 16)
+    leave(stack, sock)
+    (record,) = stack.records(1)
+    assert record["outcome"] == "client_gone"
 
 
 def test_client_gone_while_its_request_is_incomplete(build: Build) -> None:

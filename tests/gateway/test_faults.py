@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -253,10 +253,10 @@ def test_prefill_killed_during_the_handoff(build: Build) -> None:
         sock = stack.raw(completion(LONG))
         eventually(lambda: stack.gateway.pools["p0"].counts()["busy"] == 1, "prefill works")
         kill(process)
-        answer = http.client.HTTPResponse(sock)
-        answer.begin()
-        assert answer.status == 200
-        assert answer.read()
+        with closing(http.client.HTTPResponse(sock)) as answer:
+            answer.begin()
+            assert answer.status == 200
+            assert answer.read()
         sock.close()
     stack.wait_idle()
     assert stack.metric("disagg_split_not_happening") == 1
@@ -269,10 +269,10 @@ def test_decode_killed_before_it_answers(build: Build) -> None:
         sock = stack.raw(completion(LONG))
         eventually(lambda: stack.gateway.pools["d0"].counts()["busy"] == 1, "decode works")
         kill(process)
-        answer = http.client.HTTPResponse(sock)
-        answer.begin()
-        assert answer.status in (502, 503)
-        error_of(answer.read())
+        with closing(http.client.HTTPResponse(sock)) as answer:
+            answer.begin()
+            assert answer.status in (502, 503)
+            error_of(answer.read())
         sock.close()
     stack.wait_idle()
 
@@ -282,12 +282,12 @@ def test_decode_killed_inside_the_stream(build: Build) -> None:
     with worker_process(port, "--chunk-s", "0.05") as process:
         stack = outside(build, "d0", port)
         sock = stack.raw(completion(LONG, stream=True, max_tokens=1000))
-        answer = http.client.HTTPResponse(sock)
-        answer.begin()
-        assert answer.read1(100)
-        kill(process)
-        with pytest.raises(http.client.IncompleteRead):
-            answer.read()
+        with closing(http.client.HTTPResponse(sock)) as answer:
+            answer.begin()
+            assert answer.read1(100)
+            kill(process)
+            with pytest.raises(http.client.IncompleteRead):
+                answer.read()
         sock.close()
     stack.wait_idle()
     (record,) = stack.records(1)

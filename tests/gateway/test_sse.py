@@ -7,7 +7,13 @@ import random
 
 import pytest
 
-from disagg_plugins.gateway.sse import MAX_HELD_BYTES, SseObserver, StreamEnd, read_answer
+from disagg_plugins.gateway.sse import (
+    MAX_HELD_BYTES,
+    SseObserver,
+    StreamEnd,
+    carries_output,
+    read_answer,
+)
 
 
 def event(**fields: object) -> bytes:
@@ -78,3 +84,34 @@ def test_endless_event_is_not_held_for_ever() -> None:
 @pytest.mark.parametrize("garbage", [b"", b"{", b"[1]", b"\xff", b'{"choices": 1, "usage": []}'])
 def test_garbage_says_nothing(garbage: bytes) -> None:
     assert read_answer(garbage) == StreamEnd()
+
+
+VLLM_HEAD = b'data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"m",'
+VLLM_CHAT = b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m",'
+QUOTED = json.dumps({"text": '"choices":[{'}).encode()[1:-1]
+
+
+@pytest.mark.parametrize(
+    ("read", "output"),
+    [
+        (VLLM_HEAD + b'"choices":[{"index":0,"text":" a","finish_reason":null}]}\n\n', True),
+        (VLLM_CHAT + b'"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n', True),
+        (VLLM_HEAD + b'"choices":[{"index":0,"text":""}],"usage":{"total_tokens":3}}\n\n', True),
+        (VLLM_HEAD + b'"choices":[],"usage":{"completion_tokens":16}}\n\n', False),
+        (VLLM_CHAT + b'"choices":[],"usage":{"completion_tokens":16}}\n\ndata: [DONE]\n\n', False),
+        (DONE, False),
+        (b": ping\n\n", False),
+        (USAGE, False),
+        (TOKENS[0], True),
+        (LAST + USAGE + DONE, True),
+        (b'data: {"choices":[],' + QUOTED + b"}\n\n", False),
+    ],
+)
+def test_only_events_with_choices_carry_output(read: bytes, output: bool) -> None:
+    assert carries_output(read) is output
+
+
+def test_end_mark_that_came_in_one_chunk_with_usage_is_seen() -> None:
+    observer = SseObserver()
+    observer.keep(USAGE + DONE + b"\r\n")
+    assert observer.ended

@@ -94,3 +94,11 @@ def test_plain_values_may_be_taken_twice() -> None:
     assert plain["itl"] == {"count": 1, "p50_s": 0.5, "p99_s": 0.5, "max_s": 0.5, "std_s": 0.0}
     assert plain == taken.as_dict()
     assert "gaps_s" not in plain
+
+
+def test_line_is_the_dictionary_as_json() -> None:
+    import msgspec
+
+    for gaps_s in (None, [0.1, 0.2]):
+        line = record(gaps_s=gaps_s).line()
+        assert msgspec.json.decode(line) == record(gaps_s=gaps_s).as_dict()

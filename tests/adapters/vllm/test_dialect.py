@@ -56,7 +56,7 @@ def test_the_connector_reads_what_the_dialect_writes() -> None:
     prefill = read_params(dialect.prefill_body(BODY, REF)[KEY])
     assert prefill is not None
     assert (prefill.step, prefill.ticket) == ("prefill", "ticket")
-    said = {KEY: answer_params(num_tokens=9, endpoints=[ENDPOINT])}
+    said = {KEY: answer_params(num_tokens=9, prompt="a" * 32, endpoints=[ENDPOINT])}
     decode = read_params(dialect.decode_body(BODY, REF, dialect.handoff_params(said))[KEY])
     assert decode is not None
     assert (decode.step, decode.ticket, decode.num_tokens) == ("decode", "ticket", 9)

@@ -90,7 +90,7 @@ class Bench:
         self.side.endpoints = list(ENDPOINTS)
 
     @staticmethod
-    def verify(ticket: str) -> HandoffId:
+    def verify(ticket: str, step: str) -> HandoffId:
         if not ticket.startswith("ticket-"):
             raise AuthenticationError("the ticket was not signed with this fleet's secret")
         return HandoffId(ticket.removeprefix("ticket-"))
@@ -282,6 +282,17 @@ def test_a_request_with_a_lora_adapter_is_not_split(make: Any) -> None:
     assert bench.side.counts["rejected"] == 1
 
 
+@pytest.mark.parametrize("make", [prefill, decode])
+def test_one_ticket_is_good_for_one_request_at_a_time(make: Any) -> None:
+    bench, first, second = Bench(), make("one"), make("one")
+    second.request_id = "two"
+    bench.side.on_new_request(first)
+    bench.side.on_new_request(second)
+    assert bench.side.jobs == 1
+    assert bench.side.counts["rejected"] == 1
+    assert bench.side.num_matched_tokens(second, 0) == (0, False)
+
+
 def test_a_prefill_waits_for_staging_and_goes_on_when_it_is_freed() -> None:
     bench = Bench(staging_blocks=4)
     assert bench.side.num_matched_tokens(prefill("a"), 0) == (0, False)
@@ -368,3 +379,4 @@ def test_nothing_is_remembered_after_many_requests() -> None:
     assert bench.side.reserved_bytes == 0
     assert not bench.side._seen
     assert not bench.side._ended
+    assert not bench.side._handoffs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -36,6 +37,7 @@ LAYERS, HEADS, DIM, BLOCKS = 3, 4, 64, 24
 POLICY = HandoffPolicy(staging_bytes=64 << 20, lease_s=5, connect_s=2, read_s=2, load_s=10)
 TRANSPORTS = {"shm": ShmTransport(), "tcp": TcpTransport()}
 WAIT_S = 10.0
+PROMPT = "a" * 32
 
 
 @dataclass
@@ -184,7 +186,7 @@ def publish(rank: Rank, handoff: tuple[str, str], kv: torch.Tensor, chunk_blocks
     for first in range(0, len(blocks), chunk_blocks):
         ids = tuple(blocks[first : first + chunk_blocks])
         last = first + chunk_blocks >= len(blocks)
-        step = PublishStep(*handoff, num_tokens, first, ids, last)
+        step = PublishStep(*handoff, num_tokens, PROMPT, first, ids, last)
         rank.side.start_step(StepPlan(publish=[step]))
         for layer in range(LAYERS):
             rank.side.publish_layer(f"layers.{layer}")
@@ -192,12 +194,16 @@ def publish(rank: Rank, handoff: tuple[str, str], kv: torch.Tensor, chunk_blocks
 
 
 def load(
-    rank: Rank, handoff: tuple[str, str], sources: Sequence[Rank], tokens: tuple[int, int]
+    rank: Rank,
+    handoff: tuple[str, str],
+    sources: Sequence[Rank],
+    tokens: tuple[int, int],
+    prompt: str = "a" * 32,
 ) -> tuple[bool, list[int]]:
     """Run the decode's load; return whether it succeeded, and the blocks."""
     blocks = list(range(2, 2 + rank.layout.num_blocks(tokens[1])))
     endpoints = to_json([s.side.endpoint for s in sources])
-    step = LoadStep("r", *handoff, tuple(endpoints), *tokens, tuple(blocks))
+    step = LoadStep("r", *handoff, tuple(endpoints), prompt, *tokens, tuple(blocks))
     rank.side.start_loads(StepPlan(load=[step]))
     deadline_s = time.monotonic() + WAIT_S
     while time.monotonic() < deadline_s:
@@ -297,6 +303,48 @@ def test_another_model_is_refused_before_a_byte_moves(
     assert "weights:b" in problem
 
 
+@pytest.mark.parametrize(("tokens", "prompt"), [(40, "b" * 32), (39, PROMPT)])
+def test_kv_of_another_prompt_or_length_is_refused_by_the_publisher_s_own_word(
+    workers: Workers, tokens: int, prompt: str
+) -> None:
+    p, d = workers.make(), workers.make()
+    handoff = ticket()
+    publish(p, handoff, some_kv(40), 9)
+    ok, blocks = load(d, handoff, [p], (0, tokens), prompt)
+    assert not ok
+    assert not d.read(blocks, tokens).any()
+
+
+def test_a_step_with_too_few_blocks_fails_its_handoff_and_not_the_engine(
+    workers: Workers,
+) -> None:
+    p = workers.make()
+    handoff = ticket()
+    p.side.start_step(StepPlan(publish=[PublishStep(*handoff, 100, PROMPT, 0, (1,), True)]))
+    p.side.publish_layer("layers.0")
+    p.side.end_step()
+    assert settled(p)
+    assert p.counts["failed"] == 1
+
+
+def test_a_peer_that_hangs_does_not_hold_up_loads_from_others(workers: Workers) -> None:
+    policy = POLICY.model_copy(update={"connect_s": 3.0})
+    p, d = workers.make(policy=policy), workers.make(policy=policy)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        hanging = to_json([Endpoint(0, 1, local_host_id(), {"tcp": address})])
+        steps = [
+            LoadStep(f"h{i}", *ticket(), tuple(hanging), PROMPT, 0, 40, (1, 2)) for i in range(16)
+        ]
+        d.side.start_loads(StepPlan(load=steps))
+        handoff = ticket()
+        publish(p, handoff, some_kv(40), 9)
+        started_s = time.monotonic()
+        ok, _ = load(d, handoff, [p], (0, 40))
+        assert ok
+        assert time.monotonic() - started_s < policy.connect_s
+
+
 def test_another_secret_gets_nothing(workers: Workers) -> None:
     p, d = workers.make(), workers.make(secret=b"x" * 32)
     handoff = ticket()
@@ -318,7 +366,7 @@ def test_a_publisher_that_is_gone_fails_the_load_in_bounded_time(workers: Worker
 def test_an_aborted_prefill_frees_its_staging_and_fails_its_reader(workers: Workers) -> None:
     p, d = workers.make(), workers.make()
     kv, handoff = some_kv(100), ticket()
-    step = PublishStep(*handoff, 100, 0, (1, 2), False)
+    step = PublishStep(*handoff, 100, PROMPT, 0, (1, 2), False)
     p.fill([1, 2], kv)
     p.side.start_step(StepPlan(publish=[step]))
     for layer in range(LAYERS):
