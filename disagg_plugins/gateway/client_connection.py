@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 
 from disagg_plugins.gateway.openai import error_body
+from disagg_plugins.gateway.reply import Reply
 from disagg_plugins.gateway.sending import Sender
 from disagg_plugins.gateway.wire import Header, answer_head, header_value
 
@@ -74,10 +74,12 @@ class ClientConnection(asyncio.Protocol):
         self._requests: deque[Request] = deque()
         self._request: Request | None = None
         self._answering: Answering | None = None
+        self._reply: Reply | None = None
         self._early = b""
         self._refusal: tuple[int, str] | None = None
         self._last = False
-        self._chunked = False
+        self.chunked = False
+        self._started = False
         self._receiving = False
         self._declined: Request | None = None
         self._declined_bytes = 0
@@ -97,7 +99,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-        self._sender = Sender(self.transport)
+        self._sender = self.lend()
         self._send = self._sender.send
         self.deadline_s = time.monotonic() + self._gateway.policy.gateway.client_idle_s
         self._gateway.connections.add(self)
@@ -105,10 +107,25 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._last = True
         self._request = None
-        answering, self._answering = self._answering, None
-        if answering is not None:
-            answering.client_gone()
-        self._gateway.left(self)
+        answering = self._answering
+        self._revoke()
+        try:
+            if answering is not None:
+                answering.client_gone()
+        finally:
+            self._gateway.left(self)
+
+    def _revoke(self) -> None:
+        self._answering = None
+        self._started = False
+        reply, self._reply = self._reply, None
+        if reply is not None:
+            reply.revoke()
+
+    def lend(self) -> Sender:
+        """Return a sender of its own for this connection."""
+        # reading may have stopped at a peer that went: then only sending tells
+        return Sender(self.transport, self.transport.abort)
 
     def pause_writing(self) -> None:
         if self._answering is not None:
@@ -120,10 +137,11 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._request is not None or self._early:
-            self._early += data
-            if len(self._early) > MAX_EARLY_BYTES:
-                self._last, self._early = True, b""
-                self.transport.pause_reading()
+            # Never stop reading: that is how a client's leaving is seen.
+            if not self._last:
+                self._early += data
+                if len(self._early) > MAX_EARLY_BYTES:
+                    self._last, self._early = True, b""
             return
         if not self._last:
             self._feed(data)
@@ -206,7 +224,8 @@ class ClientConnection(asyncio.Protocol):
         if len(self._headers) >= MAX_HEADERS or self._head_bytes > 2 * MAX_HEAD_BYTES:
             self._refuse(431, f"more than {MAX_HEADERS} headers or {MAX_HEAD_BYTES} bytes of them")
             return
-        self._headers.append((name.lower(), value))
+        if not self._head_done:  # trailers are dropped: nobody may add headers after the check
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """The head is complete: check what can be checked before the body."""
@@ -264,14 +283,19 @@ class ClientConnection(asyncio.Protocol):
 
     # Answers
 
-    def answering(self, by: Answering) -> None:
-        """Name who is told when the client goes or is slow."""
+    def answering(self, by: Answering) -> Reply:
+        """Name who answers, and is told when the client goes or is slow."""
         self._answering = by
+        self._reply = Reply(self)
+        return self._reply
 
     def answer(self, status: int, body: bytes, lines: bytes = JSON) -> None:
         """Send a whole answer."""
         request = self._request
         if request is None:
+            return
+        if self._started:
+            self.break_off(b"")
             return
         close = self._closes(request)
         head = answer_head(status, lines, length_bytes=len(body), chunked=False, close=close)
@@ -281,27 +305,23 @@ class ClientConnection(asyncio.Protocol):
     def start(self, status: int, lines: bytes, first: bytes) -> None:
         """Send the head of an answer of unknown length and its first bytes."""
         request = self._request
-        if request is None:
+        if request is None or self._started:
             return
-        self._chunked = not request.http10
+        self._started = True
+        self.chunked = not request.http10
         close = self._closes(request) or request.http10
         self._last = close
-        head = answer_head(status, lines, length_bytes=None, chunked=self._chunked, close=close)
-        if self._chunked:
+        head = answer_head(status, lines, length_bytes=None, chunked=self.chunked, close=close)
+        if self.chunked:
             self._send(b"%b%x\r\n%b\r\n" % (head, len(first), first))
         else:
             self._send(head + first)
 
     def write(self, data: bytes) -> None:
         """Send more of an answer that was started."""
-        if self._chunked:
+        if self.chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._send(data)
-
-    @property
-    def raw_writer(self) -> Callable[[bytes], None] | None:
-        """Takes bytes that carry their chunk framing already; None when no chunks are used."""
-        return self._send if self._chunked else None
 
     @property
     def lost_bytes(self) -> bool:
@@ -310,9 +330,9 @@ class ClientConnection(asyncio.Protocol):
 
     def complete(self, last: bytes = b"") -> None:
         """End an answer that was started; ``last`` goes out with the end in one write."""
-        if self._chunked and last:
+        if self.chunked and last:
             self._send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last))
-        elif self._chunked:
+        elif self.chunked:
             self._send(b"0\r\n\r\n")
         elif last:
             self._send(last)
@@ -324,10 +344,10 @@ class ClientConnection(asyncio.Protocol):
             return
         if last:
             self.write(last)
-        self._answering = None
+        self._revoke()
         self._request = None
         self._last = True
-        if self._chunked:
+        if self.chunked:
             self.transport.close()  # the end chunk is missing: clients see a broken answer
         else:
             self.transport.abort()
@@ -338,7 +358,7 @@ class ClientConnection(asyncio.Protocol):
         return self._last
 
     def _answered(self) -> None:
-        self._answering = None
+        self._revoke()
         self._request = None
         if self._last:
             self._leave()

@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
+
+
+def _always() -> bool:
+    return True
 
 
 class Sender:
     """Sends on one transport.
+
+    Args:
+        transport: Where to send.
+        refused: Called when the kernel refuses bytes because the peer is gone. Without it the
+            owner must be reading, which tells the same.
 
     Attributes:
         failed: The kernel refused bytes because the peer is gone.
@@ -24,15 +34,22 @@ class Sender:
     belong to another connection.
     """
 
-    __slots__ = ("_closing", "_fd", "_waiting_bytes", "_write", "failed")
+    __slots__ = ("_closing", "_fd", "_refused", "_waiting_bytes", "_write", "failed")
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, refused: Callable[[], object] | None = None
+    ) -> None:
         sock = transport.get_extra_info("socket")
         self._fd: int = sock.fileno() if sock is not None else -1
         self._closing = transport.is_closing
         self._waiting_bytes = transport.get_write_buffer_size
         self._write = transport.write
+        self._refused = refused
         self.failed = False
+
+    def revoke(self) -> None:
+        """From now on nothing is sent: what this sender was lent for is over."""
+        self._closing = _always
 
     def send(self, data: bytes) -> None:
         """Send ``data`` after everything sent before; like ``transport.write`` otherwise."""
@@ -46,7 +63,9 @@ class Sender:
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError:
-            self.failed = True  # the peer is gone; connection_lost follows
+            self.failed = True  # the peer is gone
+            if self._refused is not None:
+                self._refused()
             return
         if sent < len(data):
             self._write(data[sent:])

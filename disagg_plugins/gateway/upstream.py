@@ -215,7 +215,9 @@ class UpstreamConnection(asyncio.Protocol):
             self._surplus = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header line."""
+        """One header line; those of a trailer are dropped."""
+        if self._head_ready:
+            return
         name = name.lower()
         if name == b"content-length" or name == b"transfer-encoding":
             self._framed = True

@@ -102,6 +102,7 @@ class Publication:
         self._ready = [0] * layout.num_layers
         self._layers_left = layout.num_layers
         self.progress = 0
+        self.end_told = False
 
     def __repr__(self) -> str:
         return f"<Publication {self.state!r} ready={self._ready}>"
@@ -397,8 +398,8 @@ class PublicationStore:
         state = publication.state
         ended = False
         with self.lock:
-            if state.ended and publication.handoff_id not in self._ended:
-                ended = True
+            if state.ended and not publication.end_told:
+                ended = publication.end_told = True
                 self._remember(publication)
                 publication.changed.notify_all()
             if state.releasable and self._live.get(publication.handoff_id) is publication:

@@ -11,6 +11,7 @@ class TestMyTransport(ConnectorContract):
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 import time
@@ -344,14 +345,16 @@ class ConnectorContract:
         source = random.Random(11)
         address = world.listeners[0].address
         used = world.store.arena.used_bytes
+        threads, descriptors = threading.active_count(), _descriptors()
         for round_ in range(60):
             with contextlib.closing(self.raw_connect(address)) as stranger:
                 with contextlib.suppress(OSError):
                     stranger.sendall(_garbage(source, round_))
         wait_until(
-            lambda: _connections(world) in (0, None),
-            "the end of every stranger",
+            lambda: threading.active_count() <= threads and _descriptors() <= descriptors,
+            "the end of every stranger's thread and descriptor",
         )
+        assert _connections(world) in (0, None)
         assert world.store.arena.used_bytes == used
         world.load(world.open(), RecordingSink())
 
@@ -408,6 +411,10 @@ class ConnectorContract:
             for local in range(count):
                 wanted = [v for (_, head), v in whole[layer].items() if head == first_head + local]
                 assert _head(data, local, count) in wanted
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 def _connections(world: World) -> int | None:

@@ -186,3 +186,16 @@ def test_packed_layout_needs_a_way_to_unpack() -> None:
             policy=policy,
             secret=SECRET,
         )
+
+
+def test_the_end_is_told_once_even_when_its_id_was_forgotten_meanwhile(
+    store: PublicationStore, events: list[HandoffEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("disagg_plugins.handoff.publications.MAX_REMEMBERED", 2)
+    late = store.open(ticket(), 40)
+    store.failed(late, "the reader left")
+    for _ in range(4):
+        store.failed(store.open(ticket(), 16), "one of many")
+    finish(late)
+    ends = [e.step for e in events if e.handoff_id == late.handoff_id]
+    assert ends.count("failed") == 1
