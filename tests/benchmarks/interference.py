@@ -166,6 +166,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path(".run/interference"))
     parser.add_argument("--long-prompts", type=int, default=10)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=BUDGETS, help="must hold the default budget"
+    )
     args = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -177,7 +180,9 @@ def main() -> int:
     records = [r for r in bed.records() if r["prompt_tokens"] == LONG_TOKENS]
     loaded = [r for r in records if r["split"] == "yes"]
     monoliths = []
-    for batch in (BUDGETS[:3], BUDGETS[3:]):
+    for batch in (args.budgets[:3], args.budgets[3:]):
+        if not batch:
+            continue
         servers = [
             Server(f"m{b}", "monolith", (0, 1), ("--max-num-batched-tokens", str(b))) for b in batch
         ]
