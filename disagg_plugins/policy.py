@@ -214,7 +214,9 @@ class GatewayPolicy(Section):
     first_byte_s: Seconds = Field(default=120.0, description="First byte of a worker's answer.")
     idle_s: Seconds = Field(default=120.0, description="Longest silence inside an answer.")
     client_idle_s: Seconds = Field(default=75.0, description="Keep-alive of an idle client.")
-    max_body_bytes: int = Field(default=16 * MIB, ge=1024)
+    max_body_bytes: int = Field(
+        default=4 * MIB, ge=1024, description="Largest request; reading 4 MiB takes up to 100 ms."
+    )
     max_requests: int = Field(default=4096, ge=1, description="In flight; more get 503.")
     drain_s: Seconds = Field(default=30.0, description="Grace for open requests at shutdown.")
     unhealthy_after: int = Field(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 
-from disagg_plugins.gateway.openai import error_body
+from disagg_plugins.gateway.refusals import error_body
 from disagg_plugins.gateway.reply import Reply
 from disagg_plugins.gateway.sending import Sender
 from disagg_plugins.gateway.wire import Header, answer_head, header_value
@@ -99,7 +99,8 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-        self._sender = self.lend()
+        # after a peer that went, a write may tell before reading does
+        self._sender = Sender(self.transport, self.transport.abort)
         self._send = self._sender.send
         self.deadline_s = time.monotonic() + self._gateway.policy.gateway.client_idle_s
         self._gateway.connections.add(self)
@@ -123,9 +124,8 @@ class ClientConnection(asyncio.Protocol):
             reply.revoke()
 
     def lend(self) -> Sender:
-        """Return a sender of its own for this connection."""
-        # reading may have stopped at a peer that went: then only sending tells
-        return Sender(self.transport, self.transport.abort)
+        """Return a sender for one answer, to be revoked at its end."""
+        return self._sender.lend()
 
     def pause_writing(self) -> None:
         if self._answering is not None:
@@ -392,6 +392,12 @@ class ClientConnection(asyncio.Protocol):
             self._next()
         else:
             self.transport.abort()
+
+    def addresses(self) -> tuple[str | None, str | None]:
+        """Return the client's address and this host's, without ports."""
+        peer = self.transport.get_extra_info("peername")
+        here = self.transport.get_extra_info("sockname")
+        return (peer[0] if peer else None, here[0] if here else None)
 
     @property
     def busy(self) -> bool:

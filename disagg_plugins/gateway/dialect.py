@@ -1,7 +1,9 @@
 """What the gateway asks of an engine's adapter: how a handoff is spelled in its HTTP bodies.
 
 A dialect is pure: bodies in, bodies out. The gateway never looks into engine-specific fields.
-Bodies are JSON objects; a dialect returns new ones and leaves its arguments as they are.
+Bodies are JSON objects; a dialect returns new ones and leaves its arguments as they are. Of a
+client's body ``get`` and ``[]`` give plain values; ``items`` and copies give what the client sent,
+undecoded, so that a copy passes it on byte for byte.
 """
 
 from __future__ import annotations

@@ -1,9 +1,15 @@
-"""Everything the gateway answers itself: health, models, metrics, status, workers' reports."""
+"""Everything the gateway answers itself: health, models, metrics, status, workers' reports.
+
+Anyone who reaches the port may read health, models and metrics. ``/internal/status`` names workers'
+addresses, processes and problems: it is for clients on this host, and for holders of the fleet's
+secret, who sign the request like a report. ``/internal/reports`` always wants that signature.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,6 +25,9 @@ if TYPE_CHECKING:
 
 MAX_HELLO_KEYS = 16
 TEXT = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
+
+PROXIED = frozenset({b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"})
+"""A request with one of these came through a proxy: its peer is not who asks."""
 
 encode = msgspec.json.encode
 
@@ -60,8 +69,36 @@ def metrics(gateway: Gateway, request: Request, client: ClientConnection) -> Non
 
 
 def status(gateway: Gateway, request: Request, client: ClientConnection) -> None:
-    """Answer everything that ``disagg doctor --live`` reads."""
+    """Answer everything that ``disagg doctor --live`` reads, on this host or with a signature."""
+    proof = header_value(request.headers, b"x-disagg-signature")
+    proxied = any(name in PROXIED for name, _ in request.headers)
+    if proof is not None:
+        try:
+            verify(gateway.report_key, proof.decode("latin-1"), request.body, time.time())
+        except AuthenticationError as exc:
+            gateway.refuse(client, 403, str(exc), code="signature")
+            return
+    elif proxied or not same_host(*client.addresses()):
+        message = (
+            "the status is answered on the gateway's own host only (run `disagg doctor --live` "
+            "there), or to requests signed with the fleet's secret"
+        )
+        gateway.refuse(client, 403, message, code="not_local")
+        return
     client.answer(200, encode(status_of(gateway)))
+
+
+def same_host(peer: str | None, here: str | None) -> bool:
+    """Return whether a connection's two addresses say that the client runs on this host."""
+    if peer is None:
+        return False
+    try:
+        address = ip_address(peer.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback or peer == here
 
 
 def status_of(gateway: Gateway) -> dict[str, object]:

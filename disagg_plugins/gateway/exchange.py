@@ -6,17 +6,18 @@ that decides is ``flow.py``; the numbers are kept in ``timeline.py``.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 import msgspec
 
 from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
-from disagg_plugins.gateway.openai import error_body
+from disagg_plugins.gateway.refusals import RequestError, error_body
 from disagg_plugins.gateway.sse import (
     OUTPUT,
     OUTPUT_SPACED,
@@ -54,6 +55,23 @@ FOREVER = float("inf")
 
 encode = msgspec.json.encode
 
+P = ParamSpec("P")
+
+
+def _contained(
+    method: Callable[Concatenate[Exchange, P], None],
+) -> Callable[Concatenate[Exchange, P], None]:
+    """Make a way into an exchange safe: whatever fails inside ends this request and no other."""
+
+    @functools.wraps(method)
+    def contained(self: Exchange, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as exc:
+            self.abandon(exc)
+
+    return contained
+
 
 class Exchange:
     """One request on its way."""
@@ -71,7 +89,7 @@ class Exchange:
     ) -> None:
         route = decision.route
         self._gateway = gateway
-        self._client = client
+        self._client = client.answering(self)
         self._parsed = parsed
         self._decision = decision
         self._shared = shared_headers
@@ -90,6 +108,7 @@ class Exchange:
         self._first = b""
         self._whole = False
         self._slow = False
+        self._over = False
         self._left = False  # the client went with its whole answer
         self._last = b""  # held back to be sent with the end of the answer
         self.prefill_deadline_s = FOREVER
@@ -107,9 +126,9 @@ class Exchange:
             prompt_tokens_estimate=parsed.prompt_tokens,
         )
 
+    @_contained
     def begin(self) -> None:
         """Start: mint the handoff if there is one, make the first calls."""
-        self._client.answering(self)
         route = self._route
         if isinstance(route, Disaggregated):
             self._ref = self._gateway.mint(route.prefill, route.decode)
@@ -119,8 +138,35 @@ class Exchange:
         else:
             self._do(self._flow.on(f.Started(None)))
 
+    def abandon(self, exc: Exception) -> None:
+        """End the request, whatever state it is in: the gateway itself failed at it."""
+        if self._over:
+            log.error("after the end of request %s", self.record.request_id, exc_info=exc)
+            return
+        status, code, message = 500, "internal", "the gateway failed; its log says why"
+        if isinstance(exc, RequestError):
+            status, code, message = exc.status, exc.code or "invalid_json", exc.message
+        else:
+            log.error("request %s failed", self.record.request_id, exc_info=exc)
+        self._flow.state = f.State.DONE
+        for side in list(self._calls):
+            self._cancel(f.Cancel("prefill" if side == "prefill" else "decode"))
+        detail = f"{type(exc).__name__}: {exc}"[:300]
+        self.record.failures.append(FailureRecord("", "gateway", code, detail))
+        started = self._client.started
+        try:
+            if started:
+                self._client.break_off(b"")
+            else:
+                self.record.status = status
+                lines = self._lines([(b"content-type", b"application/json")])
+                self._client.answer(status, error_body(status, message, code=code), lines)
+        finally:
+            self._finish(f.Finish("broken" if started else "error"))
+
     # What happens
 
+    @_contained
     def client_gone(self) -> None:
         """The client closed its connection."""
         if self._delivered():
@@ -151,6 +197,7 @@ class Exchange:
             call.cancel()
         self._do(self._flow.on(f.DecodeEnded()))
 
+    @_contained
     def close(self) -> None:
         """The gateway closes: end what still runs; nothing will be heard of it any more."""
         if self._left:
@@ -158,6 +205,7 @@ class Exchange:
         else:
             self._do(self._flow.on(f.ClientGone()))
 
+    @_contained
     def client_slow(self, slow: bool) -> None:
         """Stop or go on reading the worker's answer."""
         call = self._calls.get("decode")
@@ -168,8 +216,12 @@ class Exchange:
         elif call is not None:
             call.resume()
 
+    @_contained
     def expire(self, now_s: float) -> None:
         """A deadline passed."""
+        self._expire(now_s)
+
+    def _expire(self, now_s: float) -> None:
         policy = self._gateway.policy.gateway
         if now_s > self.prefill_deadline_s:
             self.prefill_deadline_s = FOREVER
@@ -189,7 +241,7 @@ class Exchange:
         if self._slow:
             log.warning("request %s: the client stopped reading", self.record.request_id)
             self._do(self._flow.on(f.ClientGone()))
-            self._client.transport.abort()
+            self._client.abort()
         elif self._flow.state is f.State.STREAM:
             detail = f"nothing more within {policy.idle_s:g} s (policy key gateway.idle_s)"
             self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
@@ -198,6 +250,7 @@ class Exchange:
             detail = f"no answer within {bound_s:g} s (policy key gateway.{key})"
             self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
 
+    @_contained
     def call_head(self, call: Call, status: int, headers: list[Header]) -> None:
         """The head of a worker's answer came."""
         self._status[call.side] = status
@@ -207,6 +260,7 @@ class Exchange:
             if status == 200 and kind.startswith(b"text/event-stream"):
                 self._sse = SseObserver()
 
+    @_contained
     def call_data(self, call: Call, data: bytes) -> None:
         """Bytes of a worker's answer came."""
         if call.side == "prefill":
@@ -268,6 +322,7 @@ class Exchange:
         call.cancel()
         self.call_failed(call, "garbage", f"its answer exceeds {bound_bytes} bytes")
 
+    @_contained
     def call_end(self, call: Call) -> None:
         """A worker's answer is complete."""
         if call.side == "prefill":
@@ -281,6 +336,7 @@ class Exchange:
         else:
             self._whole_end()
 
+    @_contained
     def call_failed(self, call: Call, kind: str, detail: str) -> None:
         """A worker's answer will never be complete."""
         if call.side == "prefill":
@@ -418,8 +474,8 @@ class Exchange:
         else:
             self._client.start(200, lines, self._first)
             self._touch(time.monotonic())
-            send = self._client.raw_writer
-            if self._sse is not None and send is not None:
+            send = self._client.raw_writer() if self._sse is not None else None
+            if send is not None:
                 self._calls["decode"].pass_chunks(self._chunk_taker(send))
         self._first = b""
 
@@ -483,6 +539,9 @@ class Exchange:
         self._gateway.worker_failed(worker, command.side, command.kind, command.detail)
 
     def _finish(self, command: f.Command) -> None:
+        if self._over:
+            return
+        self._over = True
         outcome = command.outcome if isinstance(command, f.Finish) else "ok"
         for side in list(self._tokens_on):
             self._leave(side)
@@ -490,14 +549,16 @@ class Exchange:
         record.outcome = outcome
         record.retries = flow.retries
         self.prefill_deadline_s = self.decode_deadline_s = FOREVER
-        if self._sse is not None:
-            said = self._sse.end()
-            record.finish = said.finish
-            record.prompt_tokens = said.prompt_tokens
-            record.output_tokens = said.output_tokens
-        self._gateway.finished(self, self._times, self._ref)
-        self._bodies.clear()
-        self._calls.clear()
+        try:
+            if self._sse is not None:
+                said = self._sse.end()
+                record.finish = said.finish
+                record.prompt_tokens = said.prompt_tokens
+                record.output_tokens = said.output_tokens
+        finally:
+            self._gateway.finished(self, self._times, self._ref)
+            self._bodies.clear()
+            self._calls.clear()
 
 
 _EXECUTE = {

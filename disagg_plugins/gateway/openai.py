@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
-import msgspec
+from disagg_plugins.gateway.body import Body, read_body
+from disagg_plugins.gateway.refusals import RequestError
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -19,56 +20,6 @@ MESSAGE_OVERHEAD_TOKENS = 4
 
 _T = TypeVar("_T")
 
-_decode = msgspec.json.Decoder().decode
-
-
-class RequestError(Exception):
-    """The client's request is wrong; becomes an error answer in OpenAI's shape."""
-
-    def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-
-    def body(self) -> bytes:
-        """Return the answer's body."""
-        return error_body(self.status, self.message, code=self.code, param=self.param)
-
-
-_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    408: "timeout_error",
-    413: "invalid_request_error",
-    429: "rate_limit_error",
-    431: "invalid_request_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
-
-
-def error_body(
-    status: int, message: str, *, code: str | None = None, param: str | None = None
-) -> bytes:
-    """Return an error object in OpenAI's shape, as JSON."""
-    return msgspec.json.encode(
-        {
-            "error": {
-                "message": message,
-                "type": _TYPES.get(status, "server_error"),
-                "param": param,
-                "code": code,
-            }
-        }
-    )
-
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
@@ -76,7 +27,7 @@ class ParsedRequest:
 
     Attributes:
         endpoint: ``COMPLETIONS`` or ``CHAT``.
-        body: The JSON object.
+        body: The JSON object; values are decoded when they are asked for.
         raw: Its bytes as received.
         model: The model named, or None.
         stream: Whether a stream is asked for.
@@ -85,10 +36,11 @@ class ParsedRequest:
         max_output_tokens: The output bound, or None.
         tenant: OpenAI's ``user`` field, or None.
         batch: Whether several prompts were given; each is answered by a choice of its own.
+        opaque: Why the prompt was not read, or None; its token count is then a rough estimate.
     """
 
     endpoint: str
-    body: dict[str, object]
+    body: Body
     raw: bytes
     model: str | None
     stream: bool
@@ -97,6 +49,7 @@ class ParsedRequest:
     max_output_tokens: int | None
     tenant: str | None
     batch: bool = False
+    opaque: str | None = None
 
 
 def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> ParsedRequest:
@@ -106,12 +59,7 @@ def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> Parse
         RequestError: 400; the body is not a JSON object, or a field that routing needs has a
             wrong type.
     """
-    try:
-        body = _decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise RequestError(400, f"the body is not valid JSON: {exc}", code="invalid_json") from exc
-    if not isinstance(body, dict):
-        raise RequestError(400, "the body must be a JSON object", code="invalid_json")
+    body = read_body(raw)
     model = _typed(body, "model", str, "a string")
     stream = _typed(body, "stream", bool, "a boolean")
     user = _typed(body, "user", str, "a string")
@@ -119,6 +67,8 @@ def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> Parse
     if bound is None:
         bound = _typed(body, "max_tokens", int, "an integer")
     _typed(body, "n", int, "an integer")
+    if body.crowded:
+        return _unread(endpoint, body, raw, model, bool(stream), bound, user, chars_per_token)
     if endpoint == CHAT:
         tokens, exact = _chat_tokens(body, chars_per_token), False
     else:
@@ -130,7 +80,29 @@ def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> Parse
     )
 
 
-def _typed(body: dict[str, object], key: str, kind: type[_T], words: str) -> _T | None:
+def _unread(
+    endpoint: str,
+    body: Body,
+    raw: bytes,
+    model: str | None,
+    stream: bool,
+    bound: int | None,
+    user: str | None,
+    chars_per_token: float,
+) -> ParsedRequest:
+    """Return a request whose prompt would cost too much to look at; its worker judges it."""
+    key = "messages" if endpoint == CHAT else "prompt"
+    size_bytes = body.raw_bytes(key)
+    if not size_bytes:
+        raise RequestError(400, f"the body has no {key}", param=key)
+    tokens = math.ceil(size_bytes / chars_per_token)
+    why = "a body too crowded to read"
+    return ParsedRequest(
+        endpoint, body, raw, model, stream, tokens, False, bound, user, batch=True, opaque=why
+    )
+
+
+def _typed(body: Body, key: str, kind: type[_T], words: str) -> _T | None:
     value = body.get(key)
     if value is None:
         return None
@@ -141,7 +113,7 @@ def _typed(body: dict[str, object], key: str, kind: type[_T], words: str) -> _T 
     return value
 
 
-def _prompt_tokens(body: dict[str, object], chars_per_token: float) -> tuple[int, bool]:
+def _prompt_tokens(body: Body, chars_per_token: float) -> tuple[int, bool]:
     """Count or estimate the tokens of a completion prompt; a batch counts as their sum."""
     prompt = body.get("prompt")
     if isinstance(prompt, str):
@@ -156,9 +128,11 @@ def _prompt_tokens(body: dict[str, object], chars_per_token: float) -> tuple[int
             param="prompt",
         )
     if type(prompt[0]) is int:
-        if any(type(token) is not int for token in prompt):
+        if set(map(type, prompt)) != {int}:
             raise RequestError(400, "prompt mixes token ids with other values", param="prompt")
         return len(prompt), True
+    if set(map(type, prompt)) == {str}:
+        return math.ceil(sum(map(len, prompt)) / chars_per_token), False
     total = 0
     for item in prompt:
         if isinstance(item, str):
@@ -170,7 +144,7 @@ def _prompt_tokens(body: dict[str, object], chars_per_token: float) -> tuple[int
     return total, False
 
 
-def _chat_tokens(body: dict[str, object], chars_per_token: float) -> int:
+def _chat_tokens(body: Body, chars_per_token: float) -> int:
     """Estimate the tokens of a chat prompt from the text of its messages and tools."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -186,8 +160,7 @@ def _chat_tokens(body: dict[str, object], chars_per_token: float) -> int:
             for part in content:
                 text = part.get("text") if isinstance(part, dict) else None
                 chars += len(text) if isinstance(text, str) else 0
-    if body.get("tools"):
-        chars += len(msgspec.json.encode(body["tools"]))
+    chars += body.raw_bytes("tools")
     return math.ceil(chars / chars_per_token) + MESSAGE_OVERHEAD_TOKENS * len(messages)
 
 

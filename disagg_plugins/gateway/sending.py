@@ -47,6 +47,15 @@ class Sender:
         self._refused = refused
         self.failed = False
 
+    def lend(self) -> Sender:
+        """Return another sender on the same transport, which can be revoked by itself."""
+        # copied, because asking the transport for its socket costs more than all else here
+        other = Sender.__new__(Sender)
+        other._fd, other._closing = self._fd, self._closing
+        other._waiting_bytes, other._write = self._waiting_bytes, self._write
+        other._refused, other.failed = self._refused, self.failed
+        return other
+
     def revoke(self) -> None:
         """From now on nothing is sent: what this sender was lent for is over."""
         self._closing = _always

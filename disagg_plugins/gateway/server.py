@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from disagg_plugins.errors import DisaggError, NoCapacityError
+from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.gateway import endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
 from disagg_plugins.gateway.exchange import Exchange
@@ -22,11 +22,10 @@ from disagg_plugins.gateway.openai import (
     CHAT,
     COMPLETIONS,
     ParsedRequest,
-    RequestError,
-    error_body,
     parse_request,
 )
 from disagg_plugins.gateway.pool import WorkerPool
+from disagg_plugins.gateway.refusals import RequestError, error_body
 from disagg_plugins.gateway.wire import request_id, upstream_headers
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
@@ -271,7 +270,7 @@ class Gateway:
             )
 
     def _profile(self, name: str, parsed: ParsedRequest, now_s: float) -> RequestProfile:
-        why = None
+        why = parsed.opaque
         for dialect in self._dialects:
             why = why or dialect.unsplittable(parsed.body)
         return RequestProfile(
@@ -329,16 +328,18 @@ class Gateway:
         self._changed.set()
         now_s = time.monotonic()
         record = exchange.record
-        times.fill(record, self.metrics, now_s)
-        count = self.metrics.count
-        count("disagg_requests", (record.route, record.outcome, str(record.status)))
-        count("disagg_decisions", (record.route, _reason_label(record.why)))
-        if record.retries:
-            count("disagg_retries", (), record.retries)
-        if ref is None:
-            self._settle(record)
-        else:
-            self.ledger.close(ref.handoff_id, record, now_s)
+        try:
+            times.fill(record, self.metrics, now_s)
+            count = self.metrics.count
+            count("disagg_requests", (record.route, record.outcome, str(record.status)))
+            count("disagg_decisions", (record.route, _reason_label(record.why)))
+            if record.retries:
+                count("disagg_retries", (), record.retries)
+        finally:
+            if ref is None:
+                self._settle(record)
+            else:
+                self.ledger.close(ref.handoff_id, record, now_s)
 
     def _settle(self, record: RequestRecord) -> None:
         self.recent.append((record.route, record.split, _reason_label(record.why)))
@@ -348,7 +349,7 @@ class Gateway:
             return
         try:
             self._scheduler.request_ended(record.as_dict())
-        except DisaggError:
+        except Exception:  # whatever a plugin does, the next request is served
             log.exception("plugins could not be told of a request's end")
 
     # Time
@@ -370,22 +371,25 @@ class Gateway:
         while True:
             await asyncio.sleep(tick_s)
             now_s = time.monotonic()
-            for exchange in [
-                e
-                for e in self.active
-                if now_s > e.decode_deadline_s or now_s > e.prefill_deadline_s
-            ]:
-                exchange.expire(now_s)
-            for client in [c for c in self.connections if now_s > c.deadline_s]:
-                client.expire()
-            self.ledger.sweep(now_s)
+            self._enforce(now_s)
             if now_s >= sweep_at_s:
                 sweep_at_s = now_s + POOL_SWEEP_S
                 for pool in self.pools.values():
-                    pool.sweep()
+                    _safely(pool.sweep)
             if self._records is not None and now_s >= flush_at_s:
                 flush_at_s = now_s + FLUSH_S
-                await asyncio.to_thread(self._records.flush)
+                _safely(self._records.flush_soon)  # it must not wait: the disk may stall
+
+    def _enforce(self, now_s: float) -> None:
+        late = [
+            e for e in self.active if now_s > e.decode_deadline_s or now_s > e.prefill_deadline_s
+        ]
+        for exchange in late:
+            _safely(functools.partial(exchange.expire, now_s))
+        for client in [c for c in self.connections if now_s > c.deadline_s]:
+            if not _safely(client.expire):
+                client.transport.abort()
+        _safely(functools.partial(self.ledger.sweep, now_s))
 
     def left(self, client: ClientConnection) -> None:
         """A client connection is closed."""
@@ -414,16 +418,24 @@ class Gateway:
             client.transport.abort()
         await self._until(lambda: not self.connections, time.monotonic() + CLOSING_S)
         for exchange in list(self.active):
-            exchange.close()
+            _safely(exchange.close)
         for pool in self.pools.values():
-            pool.close()
-        self.ledger.settle_all()
-        if self._records is not None:
-            try:
-                async with asyncio.timeout(RECORDS_S):
-                    await asyncio.to_thread(self._records.close)
-            except TimeoutError:
-                log.error("the last records were not written within %g s", RECORDS_S)
+            _safely(pool.close)
+        _safely(self.ledger.settle_all)
+        if self._records is not None and not await asyncio.to_thread(
+            self._records.close, RECORDS_S
+        ):
+            log.error("the last records were not written within %g s", RECORDS_S)
+
+
+def _safely(do: Callable[[], object]) -> bool:
+    """Do one of many things that must not suffer from each other; False when it failed."""
+    try:
+        do()
+    except Exception:
+        log.exception("the gateway failed at %r", do)
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=4096)

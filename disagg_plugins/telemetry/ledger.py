@@ -57,7 +57,10 @@ class HandoffLedger:
 
     def close(self, handoff_id: str, record: RequestRecord, now_s: float) -> None:
         """The request is over; settle now or once the reports are complete."""
-        entry = self._open[handoff_id]
+        entry = self._open.get(handoff_id)
+        if entry is None:  # it failed before the handoff was opened
+            self._settle(record)
+            return
         record.handoff = entry.handoff
         entry.record = record
         entry.until_s = now_s + self._wait_s

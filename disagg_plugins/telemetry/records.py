@@ -6,11 +6,13 @@ travelled. Lines are encoded and written off the event loop, a few times a secon
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import mul
 from pathlib import Path
@@ -19,8 +21,13 @@ import msgspec
 
 from disagg_plugins.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 MAX_PENDING = 65_536
 """Records held until the next flush; more are dropped and counted."""
+
+CLOSE_S = 5.0
+"""How long closing waits for the disk."""
 
 _NO_GAPS = b',"gaps_s":null}'
 """How the JSON of a record ends: ``gaps_s`` is its last field."""
@@ -142,7 +149,9 @@ class RequestRecord:
 class RecordFile:
     """A file of JSON lines, appended to, readable by its owner only.
 
-    ``add`` is called on the event loop, ``flush`` on any other thread.
+    ``add`` and ``flush_soon`` are called on the event loop and never wait for the disk; ``flush``
+    and ``close`` on any other thread. A disk may stall without an end, so writing in the background
+    has a daemon thread of its own, one at a time: nothing that must end ever waits for it.
 
     Raises:
         ConfigError: The file cannot be opened for writing.
@@ -160,12 +169,14 @@ class RecordFile:
             ) from exc
         self._pending: deque[RequestRecord] = deque()
         self._lock = threading.Lock()
+        self._writer: threading.Thread | None = None
+        self._closed = False
         self.dropped = 0
         self.written = 0
 
     def add(self, record: RequestRecord) -> bool:
         """Take a record; False when too many wait for the disk."""
-        if len(self._pending) >= MAX_PENDING:
+        if self._closed or len(self._pending) >= MAX_PENDING:
             self.dropped += 1
             return False
         self._pending.append(record)
@@ -176,7 +187,12 @@ class RecordFile:
         with self._lock:
             lines = []
             while self._pending:
-                lines.append(self._pending.popleft().line())
+                record = self._pending.popleft()
+                try:
+                    lines.append(record.line())
+                except Exception:  # one record that cannot be written must not cost the others
+                    log.exception("the record of request %s is lost", record.request_id)
+                    self.dropped += 1
             if not lines or self._fd < 0:
                 return
             data = memoryview(b"\n".join(lines) + b"\n")
@@ -187,8 +203,34 @@ class RecordFile:
             except OSError:
                 self.dropped += len(lines)
 
-    def close(self) -> None:
-        """Write the rest and close; idempotent."""
+    def flush_soon(self) -> bool:
+        """Write what is pending in the background; False while an earlier flush still writes."""
+        return self._in_background(self.flush) if self._pending else True
+
+    def _in_background(self, work: Callable[[], object]) -> bool:
+        if self._writer is not None and self._writer.is_alive():
+            return False
+        self._writer = threading.Thread(target=work, name="records", daemon=True)
+        self._writer.start()
+        return True
+
+    def close(self, wait_s: float = CLOSE_S) -> bool:
+        """Write the rest and close, within ``wait_s``; idempotent.
+
+        Returns:
+            False when the disk did not take the rest in time; it is then given up.
+        """
+        end_s = time.monotonic() + wait_s
+        first, self._closed = not self._closed, True
+        if not first and self._fd >= 0:
+            return False
+        if self._writer is not None:
+            self._writer.join(max(0.0, wait_s))
+        if self._in_background(self._finish) and self._writer is not None:
+            self._writer.join(max(0.0, end_s - time.monotonic()))
+        return self._fd < 0
+
+    def _finish(self) -> None:
         self.flush()
         with self._lock:
             if self._fd >= 0:
