@@ -40,6 +40,15 @@ def examine_gateway(url: str) -> Sequence[Finding]:
                 "start it (`disagg up` or `disagg serve`), or correct the address",
             )
         ]
+    if status == 403:
+        return [
+            Finding(
+                Level.PROBLEM,
+                "gateway",
+                f"{url} tells its state to its own host only",
+                "run this command on the gateway's host",
+            )
+        ]
     if status != 200 or not isinstance(answer, dict) or "workers" not in answer:
         return [
             Finding(

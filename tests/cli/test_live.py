@@ -173,3 +173,10 @@ def test_gateway_that_does_not_answer_is_a_problem(free_port: Callable[[], int])
     found = examine_gateway(f"http://127.0.0.1:{free_port()}")
     assert [f.level for f in found] == [Level.PROBLEM]
     assert "Connection refused" in found[0].detail
+
+
+def test_gateway_of_another_host_says_where_to_ask() -> None:
+    with answering(403, b'{"error": {"message": "from this host only"}}') as url:
+        (found,) = examine_gateway(url)
+    assert found.level is Level.PROBLEM
+    assert found.fix == "run this command on the gateway's host"
