@@ -120,9 +120,10 @@ class Connection:
             while True:
                 self._serve_claim()
         except TransportError as exc:
-            logger.debug("a peer left: %s", exc)
+            # As text: a kept log record would keep the error's frames, and with them the arena.
+            logger.debug("a peer left: %s", str(exc))
         except DisaggError as exc:
-            logger.info("a connection ended: %s", exc)
+            logger.info("a connection ended: %s", str(exc))
             self._farewell(exc)
         except Exception as exc:
             logger.exception("serving a peer failed")

@@ -205,7 +205,7 @@ class HandoffReader:
                 try:
                     return self._claim_on(kept, key, source, ticket, deadline_s)
                 except TransportError as exc:
-                    logger.info("a kept channel was dead, connecting anew: %s", exc)
+                    logger.info("a kept channel was dead, connecting anew: %s", str(exc))
             try:
                 channel = self._transports[name].connect(
                     key[1], self._identity, secret=self._secret, policy=self._policy
@@ -214,7 +214,7 @@ class HandoffReader:
                 last = exc
                 with self._lock:
                     self._fallbacks[name] += 1
-                logger.warning("transport %s cannot connect: %s", name, exc)
+                logger.warning("transport %s cannot connect: %s", name, str(exc))
                 continue
             return self._claim_on(channel, key, source, ticket, deadline_s)
         raise last or TransportError("+".join(names), "no transport could connect")
