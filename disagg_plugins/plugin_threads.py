@@ -78,7 +78,8 @@ class PluginThread:
             return True
         self._work.put(None)
         self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        # An idle thread that was not scheduled yet ends by itself; only a call holds one.
+        return not (self._thread.is_alive() and self._outstanding)
 
     def _exchange(self, work: _Work, timeout_s: float) -> _Answer:
         if self._closed:

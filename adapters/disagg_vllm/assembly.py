@@ -90,6 +90,9 @@ def make_worker_side(
         on_event=on_event,
     )
     transports = {n: t for n, t in host.transports().items() if n in handoff.transports}
+    for name in handoff.transports:
+        if name not in transports:
+            logger.warning("disagg: handoff.transports names %r, which is not installed", name)
     listeners, addresses = _listen(transports, store, identity, settings)
 
     def choose(pair: HandoffPair, offered: Sequence[str]) -> str:

@@ -204,7 +204,7 @@ class VllmCheck:
                     Level.WARNING,
                     "vllm",
                     f"not installed for {sys.executable}",
-                    "none needed if workers run elsewhere; `disagg doctor POLICY` asks theirs",
+                    "none needed if workers run elsewhere: run `disagg doctor` with their Python",
                 )
             ]
         return list(judge(sys.executable, found, os.environ.get("VLLM_PLUGINS")))

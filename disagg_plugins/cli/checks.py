@@ -46,12 +46,14 @@ class CheckContext:
         policy_path: The absolute path of its file.
         engines: Engines that some plugin speaks to.
         plugin_failures: What could not be loaded, in words.
+        unknown_names: What the policy names and no plugin offers, in words.
     """
 
     policy: Policy | None = None
     policy_path: Path | None = None
     engines: frozenset[str] = frozenset()
     plugin_failures: tuple[str, ...] = ()
+    unknown_names: tuple[str, ...] = ()
 
 
 class Check(Protocol):

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from disagg_plugins.plugins import PluginHost
+    from disagg_plugins.policy import Policy
     from disagg_plugins.policy_file import LoadedPolicy
 
 
@@ -50,6 +52,25 @@ def read_policy(path: Path) -> LoadedPolicy:
     for warning in loaded.warnings:
         say(f"warning: {warning}")
     return loaded
+
+
+def unknown_names(policy: Policy, host: PluginHost) -> list[str]:
+    """Return what the policy names and no plugin installed here offers, one sentence each."""
+    known_plugins = {info.name for info in host.describe()}
+    engines = {w.engine for w in policy.fleet.workers}
+    named = (
+        ("handoff.transports", "transport", policy.handoff.transports, host.transports()),
+        ("fleet.workers", "engine", sorted(engines), host.dialects()),
+        ("plugins.settings", "plugin", sorted(policy.plugins.settings), known_plugins),
+        ("plugins.disabled", "plugin", policy.plugins.disabled, known_plugins),
+    )
+    return [
+        f"{key} names the {kind} {name!r}, which no plugin installed here offers "
+        f"(known: {', '.join(sorted(known)) or 'none'})"
+        for key, kind, names, known in named
+        for name in names
+        if name not in known
+    ]
 
 
 def say(line: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from disagg_plugins.cli.checks import CheckContext, Finding, Level, render, worst
-from disagg_plugins.cli.common import add_policy, read_policy
+from disagg_plugins.cli.common import add_policy, read_policy, unknown_names
 from disagg_plugins.plugins import PluginHost
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def examine(policy_path: Path | None) -> dict[str, Sequence[Finding]]:
             policy_path=loaded.path if loaded else None,
             engines=engines,
             plugin_failures=tuple(str(f) for f in host.failures),
+            unknown_names=tuple(unknown_names(loaded.policy, host)) if loaded else (),
         )
         return {name: run_check(check, context) for name, check in checks.items()}
 

@@ -20,6 +20,8 @@ from disagg_plugins.errors import ConfigError
 from disagg_plugins.launch.local import check_port_free
 from disagg_plugins.types import Role
 
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
 if TYPE_CHECKING:
     from disagg_plugins.policy import Policy, WorkerPolicy
 
@@ -51,6 +53,8 @@ class EnvironmentCheck:
         else:
             needed = ".".join(map(str, PYTHON_NEEDED))
             yield Finding(Level.PROBLEM, "python", version, f"use Python {needed} or newer")
+        for name in context.unknown_names:
+            yield Finding(Level.PROBLEM, "policy", name, "install its plugin, or correct the name")
         for failure in context.plugin_failures:
             yield Finding(
                 Level.PROBLEM,
@@ -94,7 +98,11 @@ class EnvironmentCheck:
         return Finding(Level.OK, "open files", f"{soft} allowed, at most {needed} needed")
 
     def _memory(self, policy: Policy) -> Finding:
-        local = [w for w in policy.fleet.workers if w.launch and w.role.serves(Role.PREFILL)]
+        local = [
+            w
+            for w in policy.fleet.workers
+            if w.role.serves(Role.PREFILL) and urlsplit(w.url).hostname in LOOPBACK
+        ]
         staging_bytes = policy.handoff.staging_bytes * len(local)
         available_bytes = psutil.virtual_memory().available
         detail = (
@@ -172,9 +180,17 @@ class WorkersCheck:
                 )
                 continue
             finding, served = self._ask(worker)
-            findings.append(finding)
             if served is not None:
                 models.setdefault(served, []).append(worker.name)
+                wanted = context.policy.model
+                if wanted is not None and served != wanted:
+                    finding = Finding(
+                        Level.PROBLEM,
+                        worker.name,
+                        f"serves {served}, the policy's model is {wanted}",
+                        f"start it with --served-model-name {wanted}, or correct `model`",
+                    )
+            findings.append(finding)
         if len(models) > 1:
             listed = "; ".join(f"{m}: {', '.join(names)}" for m, names in sorted(models.items()))
             findings.append(

@@ -23,7 +23,8 @@ REASONS = {
 
 CONNECTOR_FIX = (
     "start every worker with --kv-transfer-config (kv_connector DisaggConnector) and install "
-    "disagg-plugins in its environment; `disagg doctor POLICY` asks each of them"
+    "disagg-plugins in its environment; `disagg doctor` run there, with the worker's own Python, "
+    "says what is missing"
 )
 
 
@@ -87,7 +88,7 @@ def _worker(worker: Mapping[str, Any]) -> Finding:
             Level.PROBLEM,
             subject,
             f"unhealthy: {reason}",
-            f"look at the log of the worker at {worker['url']}",
+            _fix(str(reason), worker["url"]),
         )
     failed = sum((worker.get("failed") or {}).values())
     served = worker.get("served", 0)
@@ -100,6 +101,15 @@ def _worker(worker: Mapping[str, Any]) -> Finding:
             f"look at the log of the worker at {worker['url']}",
         )
     return Finding(Level.OK, subject, f"{worker['role']}, healthy, {served} calls served")
+
+
+def _fix(reason: str, url: str) -> str:
+    """Return what to do about a worker that is unhealthy for ``reason``."""
+    if "two models" in reason:
+        return "start it with the fleet's --served-model-name, or correct `model` in the policy"
+    if "nobody listens" in reason or "refused" in reason:
+        return "start it, or correct its url in the policy"
+    return f"look at the log of the worker at {url}"
 
 
 def _reports(status: Mapping[str, Any]) -> Iterator[Finding]:

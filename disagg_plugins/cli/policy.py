@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from disagg_plugins.cli.common import add_policy, read_policy
+from disagg_plugins.cli.common import add_policy, read_policy, say, unknown_names
+from disagg_plugins.plugins import PluginHost
 
 if TYPE_CHECKING:
     import argparse
@@ -39,7 +40,11 @@ class PolicyCommand:
 
             print(explain(loaded.policy))
             return 0
+        with PluginHost.load(loaded.policy.plugins) as host:
+            unknown = unknown_names(loaded.policy, host)
+        for each in unknown:
+            say(f"warning: {each}")
         workers = loaded.policy.fleet.workers
         roles = ", ".join(f"{w.name} ({w.role.value})" for w in workers)
         print(f"{args.policy}: right; {len(workers)} workers: {roles}")
-        return 1 if args.strict and loaded.warnings else 0
+        return 1 if args.strict and (loaded.warnings or unknown) else 0

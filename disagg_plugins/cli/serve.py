@@ -6,7 +6,7 @@ import asyncio
 import signal
 from typing import TYPE_CHECKING
 
-from disagg_plugins.cli.common import add_policy, read_policy, say
+from disagg_plugins.cli.common import add_policy, read_policy, say, unknown_names
 from disagg_plugins.plugins import PluginHost
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def run_gateway(loaded: LoadedPolicy, secret: bytes) -> None:
 
     with PluginHost.load(loaded.policy.plugins) as host:
         host.start(loaded.policy)
+        for each in unknown_names(loaded.policy, host):
+            say(f"warning: {each}")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main(host))
 

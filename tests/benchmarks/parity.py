@@ -95,7 +95,8 @@ FLEETS = (
         (
             Server("prefill", "prefill", (0,)),
             Server("decode", "decode", (0, 1), TP2),
-            Server("monolith", "monolith", (0, 1), TP2),
+            # One rank: four spinning ranks on two cores would hardly move.
+            Server("monolith", "monolith", (0,)),
         ),
         (Case("tp_1_to_2", parity.cold, 6),),
     ),

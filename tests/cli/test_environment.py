@@ -125,3 +125,14 @@ def test_engine_that_no_plugin_speaks_to_is_a_problem(write_policy: WritePolicy)
     findings = WorkersCheck().run(context(write_policy(), engines=frozenset({"other"})))
     assert {f.level for f in findings} == {Level.PROBLEM}
     assert "no plugin speaks to the engine 'vllm' (known: other)" in findings[0].detail
+
+
+def test_worker_that_serves_another_model_than_the_policy_is_a_problem(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    with FakeEngine(model="other") as p0, FakeEngine(model="other") as d0:
+        path = write_policy((p0.url, d0.url), model="mine")
+        done = disagg("doctor", path, env={"DISAGG_SECRET": "0123456789abcdef-for-tests"})
+    assert done.returncode == 1
+    assert "serves other, the policy's model is mine" in done.stdout
+    assert "--served-model-name mine" in done.stdout

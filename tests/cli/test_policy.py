@@ -55,3 +55,16 @@ def test_policy_is_explained_in_words(disagg: Any, write_policy: Callable[..., P
 def test_schema_accepts_what_check_accepts(disagg: Any, write_policy: Callable[..., Path]) -> None:
     schema = json.loads(disagg("policy", "schema").stdout)
     jsonschema.validate(yaml.safe_load(write_policy().read_text()), schema)
+
+
+def test_names_that_no_plugin_offers_are_told_and_fail_a_strict_check(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = write_policy(
+        handoff={"transports": ["shmm", "tcp"]}, plugins={"settings": {"keep-whle": {}}}
+    )
+    done = disagg("policy", "check", path, env=SECRET)
+    assert done.returncode == 0
+    assert "handoff.transports names the transport 'shmm'" in done.stderr
+    assert "plugins.settings names the plugin 'keep-whle'" in done.stderr
+    assert disagg("policy", "check", "--strict", path, env=SECRET).returncode == 1
