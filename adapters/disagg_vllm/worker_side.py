@@ -40,6 +40,10 @@ LOADS_PER_PEER = 4
 
 RELEASE_THREADS = 1
 
+EMPTY_STEP_WAIT_S = 0.005
+"""How long a step without a forward pass waits for a load to end. The engine runs such steps as
+fast as it can while requests wait for KV; without the wait they take the CPU from the loads."""
+
 
 class CachePort(Protocol):
     """Moves block rows between the engine's caches and byte buffers."""
@@ -190,6 +194,9 @@ class WorkerSide:
         self._peers: Counter[str] = Counter()
         self._queued: list[tuple[str, LoadStep, float]] = []
         self._lock = threading.Lock()
+        self._load_ended = threading.Condition(self._lock)
+        self._loading = 0
+        self._forward = False
         self._ended: Counter[str] = Counter()
         self._loads: list[LoadResult] = []
         self._received: set[str] = set()
@@ -200,6 +207,7 @@ class WorkerSide:
     def start_step(self, plan: StepPlan) -> None:
         """Open what this step publishes, before its forward pass."""
         self._step = []
+        self._forward = False
         for handoff_id, reason in plan.abort:
             if (publication := self._publications.pop(handoff_id, None)) is not None:
                 self._port.after_publishes(lambda p=publication, r=reason: p.abort(r))  # type: ignore[misc]
@@ -226,6 +234,7 @@ class WorkerSide:
 
     def publish_layer(self, layer_name: str) -> None:
         """Copy what this step computed of one layer; called inside the forward pass."""
+        self._forward = True
         if not self._step:
             return
         layer = self._layer_index[layer_name]
@@ -290,6 +299,7 @@ class WorkerSide:
             self._port.before_loads()
         with self._lock:
             self._queued += [(_peer_of(load), load, now_s) for load in plan.load]
+            self._loading += len(plan.load)
         self._start_queued()
         for release in plan.release:
             self._releaser.submit(self._release, release)
@@ -362,6 +372,8 @@ class WorkerSide:
             self._count("loaded_tokens", result.num_tokens)
             self._count("load_seconds", result.seconds)
         with self._lock:
+            self._loading -= 1
+            self._load_ended.notify_all()
             self._loads.append(result)
             self._received.add(result.request_id)
             if result.problem:
@@ -382,8 +394,13 @@ class WorkerSide:
             logger.exception("handoff %s was not released early", step.handoff_id)
 
     def take_received(self) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-        """Return requests whose load ended since the last call; failed ones with their blocks."""
+        """Return requests whose load ended since the last call; failed ones with their blocks.
+
+        In a step without a forward pass this waits a moment while loads are under way.
+        """
         with self._lock:
+            if self._loading and not self._received and not self._forward:
+                self._load_ended.wait(EMPTY_STEP_WAIT_S)
             received, self._received = self._received, set()
             failed, self._failed = self._failed, {}
         return received, failed

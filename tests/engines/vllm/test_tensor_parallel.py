@@ -28,7 +28,11 @@ def test_answers_are_equal_over_unequal_ranks(
         Server("prefill", "prefill", cpus[prefill_size], flags[prefill_size]),
         Server("decode", "decode", cpus[decode_size], flags[decode_size]),
     ]
-    policy = {"scheduler": {"split": {"min_prompt_tokens": 64}}}
+    policy = {
+        "scheduler": {"split": {"min_prompt_tokens": 64}},
+        # Three ranks that wait for each other by spinning leave two cores little for anyone else.
+        "handoff": {"connect_s": 30, "read_s": 30, "load_s": 90, "lease_s": 90},
+    }
     with Testbed(tmp_path, MODEL, servers, flags=FLAGS, policy=policy) as bed:
         for i, text in enumerate(prompts([200, 600], seed=prefill_size)):
             split = parity.cold(bed, text, 16, f"tp-{i}")
