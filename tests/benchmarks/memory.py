@@ -21,7 +21,7 @@ from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
 FLAGS = ("--enforce-eager", "--max-model-len", "1024", "--dtype", "float32")
 PROMPT_TOKENS = 300
 WARM_UP = 150
-"""Enough to fill the prefix cache of 1 GiB never, allocators and pools always."""
+"""Handoffs before the first weighing, so that allocators and pools have their size."""
 
 
 def say(line: str) -> None:
