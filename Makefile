@@ -115,6 +115,9 @@ model-tests: model
 
 # --- checks -----------------------------------------------------------------------------------
 
+# Tests without an engine mostly wait (for time-outs, for processes), so more than the cores is right.
+JOBS ?= 3
+
 lint: $(DEV)/.ready ## Check style, import rules and types.
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
@@ -122,7 +125,7 @@ lint: $(DEV)/.ready ## Check style, import rules and types.
 	$(DEV)/bin/mypy
 
 test-quick: lint ## Run lint and every test that needs no engine (under two minutes).
-	$(DEV)/bin/python -m pytest -q -m "not engine"
+	$(DEV)/bin/python -m pytest -q -n $(JOBS) -m "not engine"
 
 # What an editable install hides: files that the wheel lacks, entry points, console script.
 WHEEL_TESTS := tests/cli tests/adapters tests/connectors/test_contract.py tests/test_plugins.py
@@ -137,7 +140,7 @@ test-wheel: $(UV_READY) | python ## Build the wheel from the sdist, install it a
 	$(VENVS)/wheel/venv/bin/disagg version
 	# The unpacked sdist without its sources: what is imported is what was installed.
 	cd $(VENVS)/wheel/disagg_plugins-*/ && rm -r disagg_plugins adapters connectors && \
-	  ../venv/bin/python -m pytest -q -m "not engine" -o pythonpath=. $(WHEEL_TESTS)
+	  ../venv/bin/python -m pytest -q -n $(JOBS) -m "not engine" -o pythonpath=. $(WHEEL_TESTS)
 
 test-engine: vllm model-tests ## Run the tests that need a real engine.
 	$(VLLM)/bin/python -m pytest -q -m engine

