@@ -131,10 +131,10 @@ def _read_stream(answer: http.client.HTTPResponse, result: Completion, url: str)
             if (logprobs := choice.get("logprobs")) is not None:
                 result.tokens.extend(logprobs["tokens"])
                 result.top.extend(logprobs["top_logprobs"])
-            elif choice.get("text"):
-                result.tokens.append(choice["text"])
             else:
-                continue
+                # A token that ends inside a character comes as a chunk without text: it counts,
+                # as in `vllm bench serve`.
+                result.tokens.append(choice.get("text", ""))
             result.arrivals_s.append(time.monotonic())
     raise AnswerError(f"{url}: the stream ended without [DONE]")
 

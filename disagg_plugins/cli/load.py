@@ -159,11 +159,14 @@ def _body(settings: LoadSettings, prompt: str) -> bytes:
 
 
 def _has_output(choices: Any) -> bool:
-    """Return whether a chunk carries output; a chat's first chunk only names the role."""
+    """Return whether a chunk carries output; a chat's first chunk only names the role.
+
+    A token that ends inside a character comes as a chunk without text, and is output too.
+    """
     if not choices:
         return False
     delta = choices[0].get("delta")
-    return True if delta is None else bool(delta.get("content") or delta.get("reasoning_content"))
+    return delta is None or not delta.get("role") or bool(delta.get("content"))
 
 
 def _events(answer: HTTPResponse) -> Iterator[Any]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from disagg_plugins.cli.load import (
     LoadError,
     LoadSettings,
     Sample,
+    _has_output,
     connect,
     first_model,
     run_load,
@@ -133,3 +135,21 @@ def test_failed_requests_count_in_no_latency() -> None:
     assert found["ttft"]["p99_s"] == 1.0
     assert found["output_tokens_per_s"] == 1.5
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("choices", "output"),
+    [
+        ([], False),
+        (None, False),
+        ([{"text": "a"}], True),
+        ([{"text": ""}], True),
+        ([{"delta": {"role": "assistant", "content": ""}}], False),
+        ([{"delta": {"role": "assistant", "content": "a"}}], True),
+        ([{"delta": {"content": "a"}}], True),
+        ([{"delta": {"content": "", "role": None}}], True),
+        ([{"delta": {"reasoning_content": "a"}}], True),
+    ],
+)
+def test_chunks_count_by_what_the_engine_made_not_by_their_text(choices: Any, output: bool) -> None:
+    assert _has_output(choices) is output
