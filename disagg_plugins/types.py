@@ -42,6 +42,8 @@ class Worker:
         role: What it is used for.
         capacity: Requests it should be given at once.
         labels: Free text for plugins: zone, hardware, revision.
+        whole: Whether it can serve a request alone, reading the prompt itself. An engine's decode
+            mode may know handed-over requests only.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Worker:
     role: Role
     capacity: int = 64
     labels: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)

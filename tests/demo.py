@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from corpus import prompts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from disagg_plugins.cli.load import spread
 from disagg_plugins.errors import DisaggError
-from disagg_vllm.client import Completion, complete, first_difference, is_tie
-from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
+from tests.corpus import prompts
+from tests.engines.client import Completion, complete, first_difference, is_tie
+from tests.engines.testbed import MODEL_NAME, Server, Testbed
 
 LENGTHS_TOKENS = (60, 350, 500, 700, 900, 1100, 1300, 1500)
 """One prompt stays below the split's threshold; the rest are split."""

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from disagg_plugins.handoff.tickets import mint, new_handoff_id
-from disagg_vllm.client import Completion, complete, first_difference, is_tie
-from disagg_vllm.testbed import MODEL_NAME, Testbed, free_ports
+from tests.engines.client import Completion, complete, first_difference, is_tie
+from tests.engines.testbed import MODEL_NAME, Testbed, free_ports
 
 TIE_GAP = 1e-4
 """Best tokens closer than this in log-probability are a tie in float32."""

@@ -5,41 +5,32 @@ Loaded inside the engine only.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from disagg_plugins.errors import ConfigError, UnsupportedEngineError
-from disagg_plugins.handoff.choice import choose_transport
-from disagg_plugins.handoff.endpoints import local_host_id
-from disagg_plugins.handoff.fingerprint import weights_identity
-from disagg_plugins.handoff.interfaces import Endpoint, Identity, Listener
+from disagg_plugins.engine.rank import ENDS, Rank, TextIdentity
+from disagg_plugins.errors import UnsupportedEngineError
+from disagg_plugins.handoff.fingerprint import model_folder, rope_settings, weights_identity
+from disagg_plugins.handoff.interfaces import Identity
 from disagg_plugins.handoff.layouts import KVLayout, ModelFingerprint
-from disagg_plugins.handoff.publications import PublicationStore
-from disagg_plugins.handoff.reader import HandoffReader
 from disagg_plugins.handoff.shards import head_range
-from disagg_plugins.handoff.staging import StagingArena
 from disagg_plugins.handoff.tickets import verify
-from disagg_plugins.plugins import PluginHost
 from disagg_vllm import compat
 from disagg_vllm.caches import HostCaches, layer_order, read_axes
 from disagg_vllm.device_port import DevicePort
 from disagg_vllm.host_port import HostPort
+from disagg_vllm.names import ancestors, option_of
 from disagg_vllm.packing import discover_packing
 from disagg_vllm.worker_side import CachePort, WorkerSide
 
 if TYPE_CHECKING:
     import torch
 
-    from disagg_plugins.types import HandoffEvent, HandoffPair
+    from disagg_plugins.types import HandoffEvent
     from disagg_vllm.settings import Settings
-
-logger = logging.getLogger(__name__)
-
-ENDS = ("consumed", "expired", "failed")
 
 
 def make_worker_side(
@@ -66,67 +57,36 @@ def make_worker_side(
         tp_rank=tp_rank,
         tp_size=tp_size,
     )
-    host = PluginHost.load(settings.policy.plugins)
-    host.start(settings.policy)
-    handoff = settings.policy.handoff
-    reporter = settings.make_reporter()
     sides: list[WorkerSide] = []
 
     def on_event(event: HandoffEvent) -> None:
-        host.connector.on_handoff(event)
         if event.step in ENDS:
             count(event.step, 1)
             if sides:
                 sides[0].publication_ended(event.handoff_id)
-        if tp_rank == 0 and event.step in ("published", *ENDS):
-            reporter.send(_publisher_report(event, layout, tp_size))
 
-    store = PublicationStore(
-        identity=identity,
-        arena=StagingArena(handoff.staging_bytes),
-        policy=handoff,
-        secret=settings.secret,
+    rank = Rank(
+        "vllm",
+        identity,
+        text_identity(vllm_config),
+        settings,
         unpack=port.unpack,
         on_event=on_event,
     )
-    transports = {n: t for n, t in host.transports().items() if n in handoff.transports}
-    for name in handoff.transports:
-        if name not in transports:
-            logger.warning("disagg: handoff.transports names %r, which is not installed", name)
-    listeners, addresses = _listen(transports, store, identity, settings)
-
-    def choose(pair: HandoffPair, offered: Sequence[str]) -> str:
-        kinds = [(name, transports[name].capabilities) for name in offered if name in transports]
-        return choose_transport(host, pair, kinds, handoff.transports)
-
     side = WorkerSide(
         layer_names=names,
         port=port,
         layout=layout,
         block_ratio=ratio,
-        store=store,
-        listeners=listeners,
-        endpoint=Endpoint(tp_rank, tp_size, local_host_id(), addresses),
-        reader=HandoffReader(
-            identity=identity,
-            transports=transports,
-            policy=handoff,
-            secret=settings.secret,
-            choose=choose,
-        ),
+        store=rank.store,
+        listeners=rank.listeners,
+        endpoint=rank.endpoint,
+        reader=rank.reader,
         verify=lambda text: verify(settings.secret, text, time.time()),
         count=count,
     )
     sides.append(side)
-    reporter.send(_hello(identity, settings.worker))
-    logger.info(
-        "disagg: %s serves KV at %s, layout %s, fingerprint %s",
-        identity.name,
-        addresses,
-        layout,
-        identity.fingerprint.digest(),
-    )
-    return side, reporter
+    return side, rank.reporter
 
 
 def make_port(
@@ -185,73 +145,26 @@ def make_port(
     return DevicePort(layers, axes, layout), layout, ratio
 
 
+def text_identity(vllm_config: Any) -> TextIdentity:
+    """Return how this server turns requests into token ids.
+
+    The template is the API server's, which is another process: its command line tells.
+    """
+    model = vllm_config.model_config
+    template = next(
+        filter(None, (option_of(argv, "--chat-template") for argv in ancestors())), None
+    )
+    return TextIdentity.of(str(model.tokenizer), model.tokenizer_revision, template)
+
+
 def make_fingerprint(vllm_config: Any, layout: KVLayout) -> ModelFingerprint:
     """Return what a peer must share with this rank's model."""
+    model = vllm_config.model_config
     return ModelFingerprint(
-        model=weights_identity(compat.model_folder(vllm_config)),
+        model=weights_identity(model_folder(str(model.model), model.revision)),
         dtype=layout.dtype,
         num_layers=layout.num_layers,
         num_kv_heads=layout.num_kv_heads,
         head_dim=layout.head_dim,
-        rope=compat.rope_settings(vllm_config),
+        rope=rope_settings(model.hf_text_config),
     )
-
-
-def _listen(
-    transports: dict[str, Any], store: PublicationStore, identity: Identity, settings: Settings
-) -> tuple[list[Listener], dict[str, str]]:
-    if not transports:
-        raise ConfigError(
-            f"none of {settings.policy.handoff.transports} is installed",
-            key="handoff.transports",
-            fix="disagg plugins lists what is",
-        )
-    listeners: list[Listener] = []
-    addresses: dict[str, str] = {}
-    try:
-        for name, transport in transports.items():
-            listener = transport.listen(
-                store, identity, secret=settings.secret, policy=settings.policy.handoff
-            )
-            listeners.append(listener)
-            addresses[name] = listener.address
-    except BaseException:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners, addresses
-
-
-def _publisher_report(event: HandoffEvent, layout: KVLayout, tp_size: int) -> dict[str, Any]:
-    report: dict[str, Any] = {"handoff_id": event.handoff_id}
-    if event.step == "published":
-        num_tokens = int(event.detail.get("tokens", 0))
-        report.update(
-            kind="published",
-            num_tokens=num_tokens,
-            bytes=layout.staged_bytes(num_tokens) * tp_size,
-            seconds=event.detail.get("seconds", 0.0),
-        )
-    else:
-        report.update(kind="ended", outcome=event.step)
-        if "problem" in event.detail:
-            report["problem"] = event.detail["problem"]
-    return report
-
-
-def _hello(identity: Identity, worker: str) -> dict[str, Any]:
-    import os
-
-    layout = identity.layout
-    return {
-        "kind": "hello",
-        "worker": worker,
-        "engine": "vllm",
-        "tp_rank": identity.tp_rank,
-        "tp_size": identity.tp_size,
-        "fingerprint": identity.fingerprint.digest(),
-        "layout": (
-            f"{layout.order} {layout.packing} block {layout.block_size_tokens} {layout.dtype}"
-        ),
-        "pid": os.getpid(),
-    }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from disagg_plugins import __version__
 from disagg_plugins.cli.checks import CheckContext, Finding, Level
 from disagg_plugins.errors import ConfigError
-from disagg_vllm.launcher import find_python
+from disagg_plugins.launch.programs import find_python
 
 if TYPE_CHECKING:
     from pathlib import Path

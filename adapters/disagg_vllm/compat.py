@@ -5,7 +5,6 @@ Imports vLLM; loaded inside the engine only.
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -94,24 +93,6 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         )
 
 
-def rope_settings(vllm_config: Any) -> str:
-    """Return the model's rotary settings as canonical JSON, or ``none``."""
-    config = vllm_config.model_config.hf_text_config
-    values = {
-        name: getattr(config, name)
-        for name in ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
-        if getattr(config, name, None) is not None
-    }
-    # Newer transformers keep theta inside rope_parameters and answer both; keep one spelling.
-    parameters = values.pop("rope_parameters", None)
-    if isinstance(parameters, dict):
-        values = {**values, **parameters}
-    if isinstance(scaling := values.pop("rope_scaling", None), dict):
-        values.update(scaling)
-    values = {k: v for k, v in values.items() if not (k == "rope_type" and v == "default")}
-    return json.dumps(values, sort_keys=True, default=str) if values else "none"
-
-
 def cpu_write_block(isa: str) -> Any:
     """Return a function that stores K and V into a one-block cache with the engine's own kernel."""
     import torch
@@ -139,26 +120,6 @@ def layer_isa(vllm_config: Any, layer_name: str) -> str:
             "this vLLM release is not supported on CPU"
         )
     return isa
-
-
-def model_folder(vllm_config: Any) -> str:
-    """Return the folder or file that holds the weights, else the model's name and revision."""
-    import os
-
-    model = str(vllm_config.model_config.model)
-    if os.path.exists(model):
-        return model
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return str(
-            snapshot_download(
-                model, revision=vllm_config.model_config.revision, local_files_only=True
-            )
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError):
-        return f"{model}@{vllm_config.model_config.revision or 'main'}"
 
 
 def join_engine_log() -> None:

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
+from disagg_plugins.types import HandoffId
 from disagg_vllm import compat
 from disagg_vllm.scheduler_side import SchedulerSide, staged_block_bytes
 from disagg_vllm.settings import Settings, read_settings
@@ -98,7 +99,7 @@ class DisaggConnector(KVConnectorBase_V1):
             staging_bytes=settings.policy.handoff.staging_bytes,
             staging_wait_s=settings.policy.handoff.staging_wait_s,
             tp_size=config.parallel_config.tensor_parallel_size,
-            verify=settings.verify,
+            verify=lambda text, step: HandoffId(settings.verify(text, step).handoff_id),
             report=self._reporter.send,
             clock=time.monotonic,
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from disagg_plugins.errors import RemoteProtocolError
+from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
+from disagg_plugins.gateway.dialect import Published
 from disagg_plugins.gateway.openai import not_splittable
 
 if TYPE_CHECKING:
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 KEY = "kv_transfer_params"
 VERSION = 1
 
-FOR_DECODE_ONLY = ("stream_options", "min_tokens", "logprobs", "top_logprobs")
-"""Fields that the prefill request leaves out: they ask for output, or forbid one token."""
+FOR_DECODE_ONLY = ("stream_options", "logprobs", "top_logprobs")
+"""Fields that the prefill request leaves out: they ask for output."""
+
+TOKEN_IDS = "return_token_ids"
+"""Asks vLLM for the answer's tokens: where decode runs on another engine, it goes on from them."""
 
 
 class VllmDialect:
@@ -27,12 +31,18 @@ class VllmDialect:
 
     engine: str = "vllm"
     family: Family = "relay"
+    decode_is_whole: bool = True
+    answers_endpoints: bool = True
 
     def unsplittable(self, body: Body) -> str | None:
         """Return why the request cannot be split, or None."""
         if body.get(KEY) is not None:
             return f"the client set {KEY}"
         return not_splittable(body)
+
+    def unsplittable_across(self, body: Body) -> str | None:
+        """Return None: vLLM reads the last prompt token and samples the first one itself."""
+        return None
 
     def local_body(self, body: Body) -> Body:
         """Return ``body`` without anything that reaches a KV connector.
@@ -50,7 +60,7 @@ class VllmDialect:
         return clean
 
     def prefill_body(self, body: Body, ref: HandoffRef) -> Body:
-        """Return the request for one token that is thrown away."""
+        """Return the request for one token, which vLLM's decode samples anew."""
         clean = dict(self.local_body(body))
         for key in FOR_DECODE_ONLY:
             clean.pop(key, None)
@@ -58,11 +68,15 @@ class VllmDialect:
         clean["max_tokens"] = 1
         if "max_completion_tokens" in clean:
             clean["max_completion_tokens"] = 1
+        if isinstance(least := clean.get("min_tokens"), int):
+            clean["min_tokens"] = min(least, 1)
+        if ref.decode.engine != self.engine:
+            clean[TOKEN_IDS] = True
         clean[KEY] = {"disagg": {"version": VERSION, "step": "prefill", "ticket": ref.ticket}}
         return clean
 
-    def handoff_params(self, answer: Body) -> Body:
-        """Return the answer's ``kv_transfer_params``, checked.
+    def published(self, answer: Body, ref: HandoffRef) -> Published:
+        """Return what the answer's ``kv_transfer_params`` say, checked.
 
         Raises:
             RemoteProtocolError: They are absent or false.
@@ -85,14 +99,49 @@ class VllmDialect:
             raise RemoteProtocolError(f"the prefill worker published num_tokens {tokens!r}")
         if not isinstance(endpoints, list) or not endpoints:
             raise RemoteProtocolError("the prefill worker names no endpoint that serves the KV")
-        return params
+        prompt = record.get("prompt")
+        return Published(
+            tokens,
+            tuple(endpoints),
+            prompt=prompt if isinstance(prompt, str) else "",
+            first_token=-1 if ref.decode.engine == self.engine else first_token(answer),
+            opaque={k: v for k, v in params.items() if k != "disagg"},
+        )
 
-    def decode_body(self, body: Body, ref: HandoffRef, params: Body | None) -> Body:
-        """Return the client's request with the ticket and the prefill worker's record."""
+    def decode_body(self, body: Body, ref: HandoffRef, published: Published | None) -> Body:
+        """Return the client's request with the ticket and the prefill worker's record.
+
+        Raises:
+            LocalProtocolError: Nothing was published: vLLM's decode is called after its prefill.
+        """
+        if published is None:
+            raise LocalProtocolError("vLLM's decode needs what the prefill worker answered")
         clean = dict(self.local_body(body))
-        params = params or {}
-        record = params.get("disagg")
-        record = dict(record) if isinstance(record, dict) else {}
-        record.update(version=VERSION, step="decode", ticket=ref.ticket)
-        clean[KEY] = {**params, "disagg": record}
+        record = {
+            "version": VERSION,
+            "step": "decode",
+            "ticket": ref.ticket,
+            "num_tokens": published.num_tokens,
+            "prompt": published.prompt,
+            "endpoints": list(published.endpoints),
+        }
+        clean[KEY] = {**published.opaque, "disagg": record}
         return clean
+
+
+def first_token(answer: Body) -> int:
+    """Return the token that vLLM's prefill sampled.
+
+    Raises:
+        RemoteProtocolError: The answer does not tell it.
+    """
+    choices = answer.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    ids = choice.get("token_ids") if isinstance(choice, dict) else None
+    if not isinstance(ids, list) or len(ids) != 1 or type(ids[0]) is not int or ids[0] < 0:
+        raise RemoteProtocolError(
+            f"the prefill worker was asked for one token by {TOKEN_IDS} and told {ids!r:.80}: "
+            "another engine cannot go on from its answer; this vLLM may be too old (0.10.2 and "
+            "later tell)"
+        )
+    return ids[0]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import psutil
+
+from disagg_plugins.engine.settings import MAX_NAME_CHARS, WORKER_ENV, nameless, worker_at
 
 if TYPE_CHECKING:
     from disagg_plugins.policy import Policy
@@ -20,25 +21,27 @@ DEFAULT_PORT = 8000
 """vLLM's own (``vllm serve --help``, 0.32)."""
 
 SERVER_WORDS = ("vllm.entrypoints.openai.api_server", "serve")
-VARIABLE = "DISAGG_WORKER"
 
 
 def port_of(argv: Sequence[str]) -> int | None:
     """Return the port that an API server's command line asks for, or None for other programs."""
     if not any(word in argv for word in SERVER_WORDS):
         return None
+    text = option_of(argv, "--port")
+    if text is None:
+        return DEFAULT_PORT
+    return int(text) if text.isdecimal() else None
+
+
+def option_of(argv: Sequence[str], flag: str) -> str | None:
+    """Return what an API server's command line gives for ``flag``, or None."""
+    if not any(word in argv for word in SERVER_WORDS):
+        return None
     for i, arg in enumerate(argv):
-        flag, equals, value = arg.partition("=")
-        if flag == "--port":
-            text = value if equals else argv[i + 1] if i + 1 < len(argv) else ""
-            return int(text) if text.isdecimal() else None
-    return DEFAULT_PORT
-
-
-def worker_at(policy: Policy, port: int) -> str | None:
-    """Return the only worker of the policy with that port, or None."""
-    names = [w.name for w in policy.fleet.workers if urlsplit(w.url).port == port]
-    return names[0] if len(names) == 1 else None
+        name, equals, value = arg.partition("=")
+        if name == flag:
+            return value if equals else argv[i + 1] if i + 1 < len(argv) else ""
+    return None
 
 
 def ancestors() -> Iterable[Sequence[str]]:
@@ -66,11 +69,11 @@ def worker_name(
         process id, which the gateway shows as unknown.
     """
     if isinstance(given, str) and given:
-        return given[:64]
-    if os.environ.get(VARIABLE):
-        return os.environ[VARIABLE][:64]
+        return given[:MAX_NAME_CHARS]
+    if os.environ.get(WORKER_ENV):
+        return os.environ[WORKER_ENV][:MAX_NAME_CHARS]
     for argv in ancestors() if command_lines is None else command_lines:
         port = port_of(argv)
         if port is not None and (name := worker_at(policy, port)) is not None:
             return name
-    return f"{os.uname().nodename}-{os.getpid()}"[:64]
+    return nameless()

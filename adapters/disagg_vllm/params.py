@@ -26,7 +26,8 @@ class HandoffParams:
         step: ``prefill`` (publish what you compute) or ``decode`` (load what was published).
         ticket: The gateway's ticket.
         num_tokens: Prompt tokens published; 0 in a prefill request.
-        prompt: Digest of the prompt that was published; empty in a prefill request.
+        prompt: Digest of the prompt that was published; empty in a prefill request, and where the
+            prefill's engine does not answer with it: then the publisher tells it with the KV.
         endpoints: One record for each prefill rank; empty in a prefill request.
     """
 
@@ -72,7 +73,7 @@ def read_params(params: object) -> HandoffParams | None:
         return HandoffParams("prefill", ticket)
     num_tokens, endpoints = record.get("num_tokens"), record.get("endpoints")
     prompt = record.get("prompt")
-    if not isinstance(prompt, str) or len(prompt) != DIGEST_CHARS:
+    if not isinstance(prompt, str) or len(prompt) not in (0, DIGEST_CHARS):
         raise RemoteProtocolError("kv_transfer_params.disagg.prompt is missing or no digest")
     if not isinstance(num_tokens, int) or not 0 < num_tokens <= MAX_TOKENS:
         raise RemoteProtocolError(f"kv_transfer_params.disagg.num_tokens is {num_tokens!r}")

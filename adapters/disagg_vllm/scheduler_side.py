@@ -67,6 +67,7 @@ class DecodeJob:
     handoff_id: HandoffId
     params: HandoffParams
     num_prompt_tokens: int
+    prompt: str = ""
     state: Literal["waiting", "loading", "done"] = "waiting"
     tokens_local: int = 0
     tokens_asked: int = 0
@@ -156,7 +157,7 @@ class SchedulerSide:
             self.counts["rejected"] += 1
             logger.warning("request %s runs without a handoff: %s", request_id, error)
             return
-        num_tokens = request.num_prompt_tokens
+        num_tokens, digest = request.num_prompt_tokens, digest_of(request)
         self._handoffs[handoff_id] = request_id
         if params.step == "prefill":
             blocks = -(-num_tokens // self._block_size_tokens)
@@ -164,13 +165,13 @@ class SchedulerSide:
                 handoff_id,
                 params.ticket,
                 num_tokens,
-                digest_of(request),
+                digest,
                 blocks * self._block_bytes,
             )
-        elif params.num_tokens != num_tokens or params.prompt != digest_of(request):
+        elif params.num_tokens != num_tokens or params.prompt not in ("", digest):
             self._reject_prompt(request_id, handoff_id, params, num_tokens)
         else:
-            self._decodes[request_id] = DecodeJob(handoff_id, params, num_tokens)
+            self._decodes[request_id] = DecodeJob(handoff_id, params, num_tokens, digest)
 
     def _reject_prompt(
         self, request_id: str, handoff_id: HandoffId, params: HandoffParams, num_tokens: int
@@ -249,7 +250,7 @@ class SchedulerSide:
                 job.handoff_id,
                 job.params.ticket,
                 job.params.endpoints,
-                job.params.prompt,
+                job.prompt,
                 first_token,
                 job.num_prompt_tokens,
                 tuple(block_ids[: -(-job.num_prompt_tokens // self._block_size_tokens)]),

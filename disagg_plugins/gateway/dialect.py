@@ -8,10 +8,12 @@ undecoded, so that a copy passes it on byte for byte.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from disagg_plugins.types import Family, HandoffId, Worker
 
 Body = dict[str, object]
@@ -27,12 +29,15 @@ class HandoffRef:
         ticket: The signed record that lets the decode side claim the handoff.
         prefill: The worker that reads the prompt.
         decode: The worker that writes the answer.
+        endpoints: Where the ranks of the prefill worker serve KV, as it said itself; empty where
+            it has not said so.
     """
 
     handoff_id: HandoffId
     ticket: str
     prefill: Worker
     decode: Worker
+    endpoints: tuple[Mapping[str, object], ...] = ()
 
     @property
     def room(self) -> int:
@@ -45,14 +50,43 @@ class HandoffRef:
         return self.prefill.url.removeprefix("http://")
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What a prefill worker's answer says of the handoff, whatever its engine (relay).
+
+    Attributes:
+        num_tokens: Prompt tokens published.
+        endpoints: Where its ranks serve KV, as ``handoff.endpoints`` writes them.
+        prompt: Digest of the prompt (``handoff.prompts``); empty where the answer does not tell.
+        first_token: The token that prefill sampled; -1 where the answer does not tell. A decode
+            worker that samples it itself needs none.
+        opaque: Fields that only the same engine understands.
+    """
+
+    num_tokens: int
+    endpoints: tuple[Mapping[str, object], ...]
+    prompt: str = ""
+    first_token: int = -1
+    opaque: Mapping[str, object] = field(default_factory=dict)
+
+
 class Dialect(Protocol):
     """How one engine spells the two requests of a handoff."""
 
     engine: str
     family: Family
+    """Between two workers of this engine. Workers of two engines relay."""
+    decode_is_whole: bool
+    """Whether a decode worker of this engine can also serve a request without a handoff."""
+    answers_endpoints: bool
+    """Whether a prefill worker's answer says where it serves KV; its hello does where not."""
 
     def unsplittable(self, body: Body) -> str | None:
         """Return why the request of ``body`` cannot be split, or None when it can."""
+        ...
+
+    def unsplittable_across(self, body: Body) -> str | None:
+        """Return why this engine cannot go on with what another engine's prefill began, or None."""
         ...
 
     def local_body(self, body: Body) -> Body:
@@ -67,7 +101,7 @@ class Dialect(Protocol):
         """Return the body for the prefill worker; its answer is never streamed."""
         ...
 
-    def handoff_params(self, answer: Body) -> Body:
+    def published(self, answer: Body, ref: HandoffRef) -> Published:
         """Return what the prefill worker's answer says of the handoff (relay only).
 
         Raises:
@@ -76,24 +110,23 @@ class Dialect(Protocol):
         """
         ...
 
-    def decode_body(self, body: Body, ref: HandoffRef, params: Body | None) -> Body:
+    def decode_body(self, body: Body, ref: HandoffRef, published: Published | None) -> Body:
         """Return the body for the decode worker.
 
         Args:
             body: The client's body.
             ref: The handoff.
-            params: What ``handoff_params`` returned; None in the rendezvous family.
+            published: What the prefill side's ``published`` returned; None in the rendezvous
+                family.
         """
         ...
 
 
-def pair_problem(prefill: Dialect | None, decode: Dialect | None) -> str | None:
-    """Return why two workers with these dialects cannot share a handoff, or None."""
-    if prefill is None or decode is None:
-        return "no dialect is installed for the engine of one of the two workers"
-    if prefill.engine != decode.engine or prefill.family != decode.family:
-        return (
-            f"handoffs from {prefill.engine} ({prefill.family}) to {decode.engine} "
-            f"({decode.family}) are not supported in this release"
-        )
-    return None
+def pair_family(prefill: Dialect, decode: Dialect) -> Family:
+    """Return how two workers meet: their engine's own way, or by relay between two engines."""
+    return decode.family if prefill.engine == decode.engine else "relay"
+
+
+def tells_endpoints(prefill: Dialect, decode: Dialect) -> bool:
+    """Return whether the prefill worker's answer will say where it serves KV."""
+    return pair_family(prefill, decode) == "relay" and prefill.answers_endpoints

@@ -10,6 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
@@ -33,7 +34,7 @@ from disagg_plugins.types import Decision, Disaggregated, Worker
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.client_connection import ClientConnection
-    from disagg_plugins.gateway.dialect import HandoffRef
+    from disagg_plugins.gateway.dialect import HandoffRef, Published
     from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.gateway.wire import Header
@@ -131,10 +132,11 @@ class Exchange:
         """Start: mint the handoff if there is one, make the first calls."""
         route = self._route
         if isinstance(route, Disaggregated):
+            fleet = self._gateway.fleet
             self._ref = self._gateway.mint(route.prefill, route.decode)
             self._gateway.ledger.open(self._ref.handoff_id)
-            family = self._gateway.fleet.dialects[route.decode.engine].family
-            self._do(self._flow.on(f.Started(family)))
+            self._ref = replace(self._ref, endpoints=fleet.endpoints(route.prefill.name))
+            self._do(self._flow.on(f.Started(fleet.family(route.prefill, route.decode))))
         else:
             self._do(self._flow.on(f.Started(None)))
 
@@ -353,12 +355,13 @@ class Exchange:
         if status != 200:
             self._do(self._flow.on(f.PrefillRejected(status)))
             return
-        dialect = self._gateway.fleet.dialects[self._decode.engine]
-        params: dict[str, object] | None = None
-        if dialect.family == "relay":
+        fleet, route, ref = self._gateway.fleet, self._route, self._ref
+        published: Published | None = None
+        if isinstance(route, Disaggregated) and ref is not None and self._relays(route):
+            dialect = fleet.dialects[route.prefill.engine]
             try:
                 answer = msgspec.json.decode(b"".join(self._bodies["prefill"]))
-                params = dialect.handoff_params(answer if isinstance(answer, dict) else {})
+                published = dialect.published(answer if isinstance(answer, dict) else {}, ref)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
                 detail = f"its answer is not JSON: {exc}"
                 self._do(self._flow.on(f.PrefillFailed("garbage", detail)))
@@ -368,7 +371,10 @@ class Exchange:
                 return
         self._bodies["prefill"] = []
         self._succeeded("prefill")
-        self._do(self._flow.on(f.PrefillAnswered(params)))
+        self._do(self._flow.on(f.PrefillAnswered(published)))
+
+    def _relays(self, route: Disaggregated) -> bool:
+        return self._gateway.fleet.family(route.prefill, route.decode) == "relay"
 
     def _stream_end(self, sse: SseObserver) -> None:
         if not sse.ended and not self._left:
@@ -413,17 +419,18 @@ class Exchange:
         self._send("prefill", route.prefill, body, self._parsed.prompt_tokens)
 
     def _send_decode(self, command: f.Command) -> None:
-        params = command.params if isinstance(command, f.SendDecode) else None
+        published = command.published if isinstance(command, f.SendDecode) else None
         if self._ref is None:
             return
         dialect = self._gateway.fleet.dialects[self._decode.engine]
-        body = encode(dialect.decode_body(self._parsed.body, self._ref, params))
+        body = encode(dialect.decode_body(self._parsed.body, self._ref, published))
         self._send("decode", self._decode, body, 0)
 
     def _send_local(self, command: f.Command) -> None:
-        if isinstance(command, f.SendLocal) and command.elsewhere:
+        whole = self._decode.whole
+        if isinstance(command, f.SendLocal) and (command.elsewhere or not whole):
             other = self._gateway.another_decode(self.record.request_id, self._parsed, self._decode)
-            if other is None and not command.else_same:
+            if other is None and not (command.else_same and whole):
                 self._do(self._flow.on(f.NoWorker()))
                 return
             self._decode = other or self._decode

@@ -8,10 +8,10 @@ fleet stays out, with the reason told.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from disagg_plugins.gateway.dialect import Dialect, pair_problem
-from disagg_plugins.types import FleetView, Role, Worker, WorkerLoad
+from disagg_plugins.gateway.dialect import Dialect, pair_family, tells_endpoints
+from disagg_plugins.types import Family, FleetView, Role, Worker, WorkerLoad
 
 MAX_KINDS = 64
 """Distinct failure kinds remembered a worker; they come from the gateway's own short list and
@@ -19,6 +19,22 @@ HTTP status codes."""
 
 NOT_SICK = frozenset({"http_404", "http_408", "http_429", "no_handoff"})
 """Failures that a worker with sound health answers: they are counted, but it stays in."""
+
+
+MAX_RANKS = 256
+"""As many as ``handoff.endpoints`` takes of one worker."""
+
+
+MUST_AGREE = (
+    (
+        "fingerprint",
+        "model fingerprints differ:",
+        "run both with the same model, revision and dtype",
+    ),
+    ("tokenizer", "tokenizers differ:", "run both with the same tokenizer files"),
+    ("chat_template", "chat templates differ:", "give both the same --chat-template, or none"),
+)
+"""What two workers say of themselves that must be equal before a request is split over them."""
 
 
 @dataclass(slots=True)
@@ -36,6 +52,7 @@ class WorkerState:
     failed: dict[str, int] = field(default_factory=dict)
     last_problem: str = ""
     hello: Mapping[str, object] | None = None
+    endpoints: dict[int, Mapping[str, object]] = field(default_factory=dict)
 
     def load(self) -> WorkerLoad:
         """Return what the scheduler sees."""
@@ -53,7 +70,7 @@ class FleetState:
         model: str | None,
         unhealthy_after: int,
     ) -> None:
-        self.workers = workers
+        self.workers = workers = tuple(_with_dialect(w, dialects.get(w.engine)) for w in workers)
         self.dialects = dialects
         self.states = {w.name: WorkerState(w) for w in workers}
         self._model = model
@@ -166,22 +183,40 @@ class FleetState:
         if state is None:
             return False
         state.hello = hello
+        rank, endpoint = hello.get("tp_rank"), hello.get("endpoint")
+        if isinstance(rank, int) and 0 <= rank < MAX_RANKS and isinstance(endpoint, dict):
+            state.endpoints[rank] = endpoint
         return True
+
+    def endpoints(self, name: str) -> tuple[Mapping[str, object], ...]:
+        """Return where the ranks of a worker serve KV, in order; empty until all have said so."""
+        state = self.states[name]
+        size = (state.hello or {}).get("tp_size")
+        if not isinstance(size, int) or not all(r in state.endpoints for r in range(size)):
+            return ()
+        return tuple(state.endpoints[r] for r in range(size))
+
+    def family(self, prefill: Worker, decode: Worker) -> Family:
+        """Return how these two meet."""
+        return pair_family(self.dialects[prefill.engine], self.dialects[decode.engine])
 
     def pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
         """Return why these two cannot share a handoff, or None."""
-        problem = pair_problem(self.dialects.get(prefill.engine), self.dialects.get(decode.engine))
-        if problem is not None:
-            return problem
+        dialects = self.dialects.get(prefill.engine), self.dialects.get(decode.engine)
+        if dialects[0] is None or dialects[1] is None:
+            return "no dialect is installed for the engine of one of the two workers"
+        if not tells_endpoints(dialects[0], dialects[1]) and not self.endpoints(prefill.name):
+            return (
+                f"prefill worker {prefill.name} has not said yet where it serves KV: its adapter "
+                "is not loaded, its name or secret differ, or it cannot reach this gateway"
+            )
         ours, theirs = (self.states[w.name].hello for w in (prefill, decode))
         if ours is None or theirs is None:
             return None
-        a, b = ours.get("fingerprint"), theirs.get("fingerprint")
-        if a is not None and b is not None and a != b:
-            return (
-                f"model fingerprints differ: {prefill.name} has {a}, {decode.name} has {b}; run "
-                "both with the same model, revision and dtype"
-            )
+        for key, what, fix in MUST_AGREE:
+            a, b = ours.get(key), theirs.get(key)
+            if a is not None and b is not None and a != b:
+                return f"{what} {prefill.name} has {a}, {decode.name} has {b}; {fix}"
         return None
 
     def problems(self) -> list[str]:
@@ -197,3 +232,9 @@ class FleetState:
             r for r in (Role.PREFILL,) for w in self.workers if w.role.serves(r)
         }
         return {str(role): bool(self.view().serving(role)) for role in sorted(roles)}
+
+
+def _with_dialect(worker: Worker, dialect: Dialect | None) -> Worker:
+    """Return ``worker`` as its engine makes it: whether it can serve a request alone."""
+    whole = worker.role is Role.BOTH or dialect is None or dialect.decode_is_whole
+    return worker if whole else replace(worker, whole=False)

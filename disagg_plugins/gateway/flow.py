@@ -5,7 +5,8 @@ Rules, all of which live in this file:
 * A *local* request is one call to a decode worker. A *relay* handoff calls prefill, then decode
   with what prefill answered. A *rendezvous* handoff calls both at once.
 * Prefill fails (refused, time-out, 5xx, garbage, no handoff in its answer; 404, 408 and 429 too):
-  the decode worker computes the prompt itself. Slower, never lost.
+  the decode worker computes the prompt itself. Slower, never lost. Where its engine cannot, a
+  worker that serves whole requests takes over; where there is none, the client gets the error.
 * Prefill answers another 4xx: the request is wrong, the client gets that answer as it is.
 * Decode fails before a byte of its answer reached the client: one retry without the handoff, on
   another decode worker where there is one. A 4xx that follows an accepted prefill is retried on
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Literal
 from disagg_plugins.errors import LocalProtocolError
 
 if TYPE_CHECKING:
+    from disagg_plugins.gateway.dialect import Published
     from disagg_plugins.types import Family
 
 Side = Literal["prefill", "decode"]
@@ -56,9 +58,9 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class PrefillAnswered:
-    """Prefill answered 200; ``params`` is what the dialect read (None in rendezvous)."""
+    """Prefill answered 200; ``published`` is what its dialect read (None in rendezvous)."""
 
-    params: dict[str, object] | None
+    published: Published | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class SendPrefill:
 class SendDecode:
     """Call the decode worker with the handoff."""
 
-    params: dict[str, object] | None
+    published: Published | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +286,7 @@ class Flow:
         if was is State.BOTH:
             return []
         self.handoff = True
-        return [SendDecode(event.params if isinstance(event, PrefillAnswered) else None)]
+        return [SendDecode(event.published if isinstance(event, PrefillAnswered) else None)]
 
     def _prefill_rejected(self, event: Event) -> list[Command]:
         status = event.status if isinstance(event, PrefillRejected) else 0
@@ -304,6 +306,7 @@ class Flow:
         self._prefill_open = False
         self.handoff = False
         self.fell_back = f"prefill {kind}"
+        self._last_failure = DecodeFailed(kind, detail)  # told if nobody can do without
         was, self.state = self.state, State.DECODE
         both: list[Command] = [Cancel("decode")] if was is State.BOTH else []
         return [Note("prefill", kind, detail), Cancel("prefill"), *both, SendLocal()]

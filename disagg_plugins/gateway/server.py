@@ -33,7 +33,7 @@ from disagg_plugins.telemetry.reports import report_key
 from disagg_plugins.types import Decision, Disaggregated, FleetView, Local, RequestProfile, Worker
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.dialect import Dialect, HandoffRef
+    from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef
     from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.policy import Policy
     from disagg_plugins.telemetry.records import RecordFile, RequestRecord
@@ -227,7 +227,7 @@ class Gateway:
             )
             self._check_model(parsed)
             self._check_room()
-            decision = self._decide(self._profile(name, parsed, now_s))
+            decision = self._decide(self._profile(name, parsed, now_s), parsed.body)
         except RequestError as exc:
             self.metrics.count("disagg_client_errors", (str(exc.status),))
             client.answer(exc.status, exc.body(), JSON + id_line)
@@ -286,11 +286,20 @@ class Gateway:
             arrival_s=now_s,
         )
 
-    def _decide(self, profile: RequestProfile) -> Decision:
+    def _decide(self, profile: RequestProfile, body: Body) -> Decision:
         decision = self._scheduler.decide(profile, self.fleet.view())
         route = decision.route
+        if isinstance(route, Disaggregated) and route.prefill.engine != route.decode.engine:
+            why = self.fleet.dialects[route.decode.engine].unsplittable_across(body)
+            if why is not None:
+                profile = replace(profile, unsplittable=why)
+                decision = self._scheduler.decide(profile, self.fleet.view())
+                route = decision.route
         if isinstance(route, Disaggregated):
             problem = self.fleet.pair_problem(route.prefill, route.decode)
+            if problem is not None and not route.decode.whole:
+                self._tell(problem)
+                raise NoCapacityError(f"the request cannot be split: {problem}", retry_after_s=1.0)
             if problem is not None:
                 decision = Decision(Local(route.decode), f"split is off: {problem}")
                 self._tell(problem)

@@ -86,14 +86,18 @@ class SocketChannel:
         """Whether the connection is idle and, as far as can be seen, healthy."""
         return self._session.phase == "idle" and self._wire.quiet()
 
-    def claim(self, ticket: str, *, within_s: float | None = None) -> Offer:
+    def claim(self, ticket: str, *, within_s: float | None = None, wait_s: float = 0.0) -> Offer:
         """Claim the handoff of ``ticket``; see ``interfaces.Channel``."""
         self._within_s = self._policy.load_s if within_s is None else within_s
         self._wire.deadline_s = time.monotonic() + self._within_s
         self._wire.set_silence(min(self._policy.read_s, max(self._within_s, 0.001)))
-        self._send(self._session.claim(peek_handoff_id(ticket), ticket))
-        payload = self._receive_control("an offer")
-        self._offer = self._session.offer(payload)
+        self._send(self._session.claim(peek_handoff_id(ticket), ticket, wait_s))
+        header = self._receive_header("an offer")
+        while header.type is FrameType.READY:
+            if header.payload_bytes:
+                raise RemoteProtocolError("READY with rows before an offer")
+            header = self._receive_header("an offer")
+        self._offer = self._session.offer(self._receive_payload(header, "an offer"))
         return self._offer
 
     def read(
@@ -138,7 +142,7 @@ class SocketChannel:
                 layer += 1
         self._session.read_done()
 
-    def end(self, outcome: Outcome, detail: str = "") -> None:
+    def end(self, outcome: Outcome, detail: str = "") -> bytes:
         """Tell the publisher how it ended; see ``interfaces.Channel``."""
         self._send(self._session.end(outcome, detail))
         payload = self._receive_control("word on the end")
@@ -152,6 +156,11 @@ class SocketChannel:
                 self._session.handoff_id,
                 f"the publisher had ended it before ({ended.detail}); what was read is not used",
             )
+        return ended.result
+
+    def shut(self) -> None:
+        """Make a call that waits in another thread raise soon."""
+        self._wire.shut()
 
     def close(self) -> None:
         """Close the connection; idempotent."""

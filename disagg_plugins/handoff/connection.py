@@ -142,8 +142,10 @@ class Connection:
 
     def _serve_claim(self) -> None:
         self._wire.set_receive_silence(2 * self._policy.lease_s)
-        ticket_text, peer = self._session.claim(self._receive(FrameType.CLAIM)[1])
-        ticket = verify(self._secret, ticket_text, self._store.wall_s())
+        claim = self._session.claim(self._receive(FrameType.CLAIM)[1])
+        peer = claim.identity
+        ticket = verify(self._secret, claim.ticket, self._store.wall_s())
+        self._wait_open(ticket.handoff_id, claim.wait_s)
         self._claimed = self._store.claim(ticket.handoff_id, peer.tp_rank, peer.tp_size)
         self._decode_rank = peer.tp_rank
         publication = self._claimed
@@ -164,7 +166,22 @@ class Connection:
             held = not publication.state.ended
             self._store.failed(publication, f"the reader gave up: {detail}")
         word = "" if held else f"{publication.outcome}: {publication.state.detail}"
-        self._wire.send(self._session.ended(held=held, detail=word))
+        self._wire.send(self._session.ended(held=held, detail=word, result=publication.result))
+
+    def _wait_open(self, handoff_id: str, wait_s: float) -> None:
+        """Wait until the engine has opened the handoff; then it is the claim that says what is."""
+        if not wait_s:
+            return
+        policy = self._policy
+        now_s = told_s = time.monotonic()
+        deadline_s = now_s + wait_s
+        while now_s < deadline_s and not self._store.wait_open(handoff_id, WAIT_SLICE_S):
+            if self._wire.peer_gone():
+                raise PeerGone(self._wire.transport, "the peer closed while waiting to claim")
+            now_s = time.monotonic()
+            if now_s - told_s >= policy.read_s / KEEPALIVES_PER_SILENCE:
+                self._wire.send(pack_frame(FrameType.READY, b""))
+                told_s = now_s
 
     def _serve_read(self, publication: Publication, read: Read) -> None:
         layout = self._store.identity.layout

@@ -9,6 +9,7 @@ large tensor and spares every sample is not seen: give such weights another revi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -31,6 +32,20 @@ CONFIG_KEYS_IGNORED = frozenset(
 )
 """Keys of ``config.json`` that do not change what the weights compute; the dtype of the KV is a
 field of its own."""
+
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER_CONFIG,
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+TOKENIZER_KEYS_IGNORED = frozenset({"chat_template", "name_or_path", "transformers_version"})
+"""Keys of ``tokenizer_config.json`` that do not change token ids; the template is told apart."""
 
 
 def weights_identity(model: str) -> str:
@@ -61,6 +76,84 @@ def weights_identity(model: str) -> str:
     for each in files:
         digest.update(_file_digest(each))
     return f"weights:{digest.hexdigest()[:24]}"
+
+
+def tokenizer_identity(tokenizer: str) -> str:
+    """Return a digest of what turns text into token ids.
+
+    Args:
+        tokenizer: A folder with tokenizer files; anything else stands for itself.
+    """
+    folder = Path(tokenizer)
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        return f"name:{tokenizer[-200:]}"
+    digest = hashlib.sha256()
+    for path in files:
+        data = path.read_bytes()
+        if path.name == TOKENIZER_CONFIG:
+            kept = {k: v for k, v in json.loads(data).items() if k not in TOKENIZER_KEYS_IGNORED}
+            data = json.dumps(kept, sort_keys=True).encode()
+        digest.update(f"{path.name}:{len(data)}:".encode() + data)
+    return digest.hexdigest()[:16]
+
+
+def chat_template_identity(tokenizer: str, override: str | None = None) -> str:
+    """Return a digest of the template that turns chat messages into text; ``none`` without one.
+
+    Args:
+        tokenizer: The tokenizer's folder.
+        override: What the engine was given instead: a file, or the template or its name itself.
+    """
+    if override:
+        path = Path(override)
+        with contextlib.suppress(OSError):
+            override = path.read_text() if path.is_file() else override
+        return hashlib.sha256(override.encode()).hexdigest()[:16]
+    separate, config = Path(tokenizer) / "chat_template.jinja", Path(tokenizer) / TOKENIZER_CONFIG
+    template: object = None
+    if separate.is_file():
+        template = separate.read_text()
+    elif config.is_file():
+        template = json.loads(config.read_text()).get("chat_template")
+    if not template:
+        return "none"
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_folder(model: str, revision: str | None = None) -> str:
+    """Return the folder or file that holds the weights, else the model's name and revision."""
+    if Path(model).exists():
+        return model
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError):
+        return f"{model}@{revision or 'main'}"
+
+
+def rope_settings(config: object) -> str:
+    """Return a model's rotary settings as canonical JSON, or ``none``.
+
+    Args:
+        config: The text part of its Hugging Face configuration.
+    """
+    values = {
+        name: getattr(config, name)
+        for name in ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
+        if getattr(config, name, None) is not None
+    }
+    # Newer transformers keep theta inside rope_parameters and answer both; keep one spelling.
+    parameters = values.pop("rope_parameters", None)
+    if isinstance(parameters, dict):
+        values = {**values, **parameters}
+    if isinstance(scaling := values.pop("rope_scaling", None), dict):
+        values.update(scaling)
+    values = {k: v for k, v in values.items() if not (k == "rope_type" and v == "default")}
+    return json.dumps(values, sort_keys=True, default=str) if values else "none"
 
 
 def _file_digest(path: Path) -> bytes:

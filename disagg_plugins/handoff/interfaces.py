@@ -83,7 +83,7 @@ class Channel(Protocol):
     closed by the caller and never reused.
     """
 
-    def claim(self, ticket: str, *, within_s: float | None = None) -> Offer:
+    def claim(self, ticket: str, *, within_s: float | None = None, wait_s: float = 0.0) -> Offer:
         """Claim the handoff of ``ticket``.
 
         The form is ``native`` when both layouts are equal field by field, else ``canonical``.
@@ -92,6 +92,8 @@ class Channel(Protocol):
             ticket: The signed text.
             within_s: Everything from here to the publisher's word must fit in this; None:
                 the policy's ``load_s``.
+            wait_s: How long the publisher may wait for the engine to open the handoff; 0 where it
+                must be open by now.
 
         Raises:
             AuthenticationError: The ticket is false, foreign or expired.
@@ -132,13 +134,20 @@ class Channel(Protocol):
         """
         ...
 
-    def end(self, outcome: Outcome, detail: str = "") -> None:
+    def end(self, outcome: Outcome, detail: str = "") -> bytes:
         """Tell the publisher how the handoff ended and wait for its word.
+
+        Returns:
+            What the publishing engine left beside the KV (``Publication.result``); often empty.
 
         Raises:
             HandoffAborted: The publisher had ended the handoff before (its lease ran out): what
                 was read may have been overwritten and must not be used.
         """
+        ...
+
+    def shut(self) -> None:
+        """Make a call that waits in another thread raise soon; the caller still closes."""
         ...
 
     def close(self) -> None:
@@ -262,6 +271,7 @@ class LoadReport:
         num_tokens: Tokens loaded.
         payload_bytes: Bytes of KV moved to this rank.
         seconds: Wall-clock seconds from connect to the publisher's word.
+        result: What the publishing engine left beside the KV; often empty.
     """
 
     handoff_id: HandoffId
@@ -270,6 +280,7 @@ class LoadReport:
     num_tokens: int
     payload_bytes: int
     seconds: float
+    result: bytes = b""
 
 
 class Unpack(Protocol):

@@ -13,6 +13,7 @@ from disagg_plugins.errors import (
     HandoffTimeout,
     RemoteProtocolError,
 )
+from disagg_plugins.handoff.cancellation import Cancellation
 from disagg_plugins.handoff.frames import MAX_DATA_BYTES
 from disagg_plugins.handoff.interfaces import DirectSink, Form, Outcome
 
@@ -56,6 +57,7 @@ class Load:
         end_token: End of the half-open range.
         sink: Where the bytes go.
         prompt: Digest of the prompt whose KV is wanted; empty: not compared.
+        cancellation: Ends the load from another thread.
         load_s: Bound on the whole load; counted from ``started_s``.
         started_s: Monotonic time.
     """
@@ -72,6 +74,8 @@ class Load:
     parts: list[Part] = field(default_factory=list)
     payload_bytes: int = 0
     form: Form = "native"
+    result: bytes = b""
+    cancellation: Cancellation = field(default_factory=Cancellation)
 
     @property
     def deadline_s(self) -> float:
@@ -114,7 +118,7 @@ class Load:
                 self._read_part(part)
         for part in self.parts:
             self.check_time()
-            part.channel.end(Outcome.CONSUMED)
+            self.result = part.channel.end(Outcome.CONSUMED) or self.result
             part.ended = True
 
     def give_up(self, exc: BaseException) -> None:
@@ -187,7 +191,12 @@ class Load:
         return max(1, blocks) * layout.block_size_tokens
 
     def check_time(self) -> None:
-        """Raise HandoffTimeout when the whole load has taken ``load_s``."""
+        """Raise HandoffTimeout when the whole load has taken ``load_s``.
+
+        Raises:
+            HandoffAborted: The load was cancelled.
+        """
+        self.cancellation.check(self.handoff_id)
         if time.monotonic() >= self.deadline_s:
             raise HandoffTimeout(
                 self.handoff_id,

@@ -18,6 +18,9 @@ NONCE_BYTES = 32
 MAX_TOKENS = 1 << 31
 """More than any context length, small enough that no product of sizes overflows 64 bits."""
 
+MAX_RESULT_BYTES = 48 * 1024
+"""What an engine may leave beside the KV: its first token and what it knows of it, a few KiB."""
+
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Proof = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Text = Annotated[str, msgspec.Meta(max_length=256)]
@@ -138,10 +141,17 @@ class Welcome(_Message, frozen=True):
 
 
 class Claim(_Message, frozen=True):
-    """The client wants the handoff of a ticket and says who it is."""
+    """The client wants the handoff of a ticket and says who it is.
+
+    Attributes:
+        ticket: The signed text.
+        identity: The claiming rank.
+        wait_s: How long the server may wait for the handoff to be opened; 0: not at all.
+    """
 
     ticket: Annotated[str, msgspec.Meta(max_length=MAX_TICKET_CHARS)]
     identity: IdentityMessage
+    wait_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
 
 
 class OfferMessage(_Message, frozen=True):
@@ -171,10 +181,17 @@ class End(_Message, frozen=True):
 
 
 class Ended(_Message, frozen=True):
-    """The server's word: False when the handoff had ended before the client's END."""
+    """The server's word.
+
+    Attributes:
+        held: False when the handoff had ended before the client's END.
+        detail: Why it had.
+        result: What the publishing engine left with the KV (``Publication.result``).
+    """
 
     held: bool
     detail: Annotated[str, msgspec.Meta(max_length=8192)]
+    result: Annotated[bytes, msgspec.Meta(max_length=MAX_RESULT_BYTES)] = b""
 
 
 class ErrorMessage(_Message, frozen=True):

@@ -6,7 +6,8 @@ Rules:
    prove the secret over both random numbers, with different labels, so neither can be reflected.
    Before ``AUTH`` is right the server says nothing but a random number and a version.
 2. Then, any number of times: ``CLAIM`` - ``OFFER``, any number of ``READ`` - (``DATA`` or
-   ``READY``, one entry a layer, in order), ``END`` - ``ENDED``.
+   ``READY``, one entry a layer, in order), ``END`` - ``ENDED``. Where a claim may wait for the
+   handoff to be opened, empty ``READY`` frames before the ``OFFER`` say that the server lives.
 3. Whatever goes wrong, the server sends one ``ERROR`` and closes. The client closes.
 4. The peers are authenticated, the bytes are not: whoever can rewrite packets between the two
    hosts can change KV. Run the transport over a network that you trust.
@@ -160,8 +161,8 @@ class ServerSession:
         self.phase = Phase.IDLE
         return pack_frame(FrameType.WELCOME, encode(Welcome(ours, identity)))
 
-    def claim(self, payload: bytes) -> tuple[str, Identity]:
-        """Take a CLAIM; return the ticket's text and the peer's identity.
+    def claim(self, payload: bytes) -> Claim:
+        """Take a CLAIM; return it, with ``peer`` set to who claims.
 
         Raises:
             IncompatiblePeerError: The models or the layers of the ranks differ.
@@ -172,7 +173,7 @@ class ServerSession:
         check_identities(self.identity, peer)
         self.peer = peer
         self.phase = Phase.CLAIMING
-        return claim.ticket, peer
+        return claim
 
     def offer(self, num_tokens: int, prompt: str = "") -> bytes:
         """Return the OFFER frame for an accepted claim."""
@@ -220,10 +221,10 @@ class ServerSession:
         self.phase = Phase.ENDING
         return Outcome(end.outcome), end.detail
 
-    def ended(self, *, held: bool, detail: str) -> bytes:
+    def ended(self, *, held: bool, detail: str, result: bytes = b"") -> bytes:
         """Return the ENDED frame; the connection is free for another claim."""
         self.phase = Phase.IDLE
-        return pack_frame(FrameType.ENDED, encode(Ended(held, detail[:8192])))
+        return pack_frame(FrameType.ENDED, encode(Ended(held, detail[:8192], result)))
 
     def _claimer(self) -> Identity:
         if self.peer is None:
@@ -243,7 +244,7 @@ class ClientSession:
     _ACCEPTS = {
         Phase.START: {FrameType.CHALLENGE},
         Phase.PROVING: {FrameType.WELCOME},
-        Phase.CLAIMING: {FrameType.OFFER},
+        Phase.CLAIMING: {FrameType.OFFER, FrameType.READY},
         Phase.READING: {FrameType.DATA, FrameType.READY},
         Phase.ENDING: {FrameType.ENDED},
     }
@@ -311,12 +312,14 @@ class ClientSession:
         self.phase = Phase.IDLE
         return peer
 
-    def claim(self, handoff_id: str, ticket: str) -> bytes:
+    def claim(self, handoff_id: str, ticket: str, wait_s: float = 0.0) -> bytes:
         """Return the CLAIM frame; ``handoff_id`` is only for error messages."""
         self._require(Phase.IDLE, "claim")
         self.handoff_id = handoff_id
         self.phase = Phase.CLAIMING
-        return pack_frame(FrameType.CLAIM, encode(Claim(ticket, IdentityMessage.of(self.identity))))
+        return pack_frame(
+            FrameType.CLAIM, encode(Claim(ticket, IdentityMessage.of(self.identity), wait_s))
+        )
 
     def offer(self, payload: bytes) -> Offer:
         """Take an OFFER.

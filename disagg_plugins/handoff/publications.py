@@ -103,6 +103,9 @@ class Publication:
         self._layers_left = layout.num_layers
         self.progress = 0
         self.end_told = False
+        self.result = b""
+        """What the engine leaves beside the KV: told to readers with the end of their load. Set it
+        before the last row is published; at most ``messages.MAX_RESULT_BYTES``."""
 
     def __repr__(self) -> str:
         return f"<Publication {self.state!r} ready={self._ready}>"
@@ -111,6 +114,11 @@ class Publication:
     def outcome(self) -> Outcome | None:
         """How the handoff ended, or None: a writer may stop its work when it is not None."""
         return self.state.outcome
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has been published."""
+        return self._layers_left == 0
 
     def rows(self, layer: int) -> npt.NDArray[np.uint8]:
         """Return the writable rows of one layer: uint8, shape ``(num_blocks, row_bytes)``.
@@ -244,6 +252,7 @@ class PublicationStore:
         self.wall_s = wall_clock
         self.lock = threading.RLock()
         self._freed = threading.Condition(self.lock)
+        self._opened = threading.Condition(self.lock)
         self._on_event = on_event
         self._live: dict[str, Publication] = {}
         self._ended: OrderedDict[str, str] = OrderedDict()
@@ -296,8 +305,19 @@ class PublicationStore:
                 self.arena.free(offset)
                 raise
             self._live[ticket.handoff_id] = publication
+            self._opened.notify_all()
         self._tell(publication.handoff_id, "opened", tokens=num_tokens, bytes=staged_bytes)
         return publication
+
+    def wait_open(self, handoff_id: str, wait_s: float) -> bool:
+        """Wait at most ``wait_s`` for a handoff to be opened; True once it was, ended or not."""
+        with self.lock:
+            if not self._known(handoff_id):
+                self._opened.wait(wait_s)
+            return self._known(handoff_id)
+
+    def _known(self, handoff_id: str) -> bool:
+        return self._closed.is_set() or handoff_id in self._live or handoff_id in self._ended
 
     def find(self, handoff_id: str) -> Publication:
         """Return the live publication of ``handoff_id``.
@@ -385,6 +405,7 @@ class PublicationStore:
             for publication in publications:
                 publication.state.fail("the publisher is shutting down")
             self._freed.notify_all()
+            self._opened.notify_all()
         for publication in publications:
             self.settle(publication)
         self.arena.close()

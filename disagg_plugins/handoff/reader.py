@@ -12,9 +12,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import LocalProtocolError, TransportError
+from disagg_plugins.handoff.cancellation import Cancellation
 from disagg_plugins.handoff.endpoints import check_complete, local_host_id
 from disagg_plugins.handoff.interfaces import (
     Endpoint,
@@ -35,6 +37,16 @@ logger = logging.getLogger(__name__)
 
 Choose = Callable[[HandoffPair, Sequence[str]], str]
 """Picks one of the transports that both sides can speak, given in the policy's order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What is claimed, and how long that may take."""
+
+    ticket: str
+    deadline_s: float
+    wait_s: float = 0.0
+    cancellation: Cancellation = field(default_factory=Cancellation)
 
 
 class HandoffReader:
@@ -89,6 +101,8 @@ class HandoffReader:
         sink: Sink,
         prompt: str = "",
         started_s: float | None = None,
+        wait_s: float = 0.0,
+        cancellation: Cancellation | None = None,
     ) -> LoadReport:
         """Load tokens ``[first_token, end_token)`` into ``sink``; blocks the calling thread.
 
@@ -106,6 +120,9 @@ class HandoffReader:
                 must hold exactly this prompt, and ``end_token`` is its end.
             started_s: Monotonic time from which ``handoff.load_s`` counts, where the load has
                 waited before; now if None.
+            wait_s: How long the handoff may still be unopened, where both workers are called at
+                once; added to ``handoff.load_s``.
+            cancellation: Ends the load from another thread.
 
         Raises:
             DisaggError: Whatever went wrong; nothing that was written may be used.
@@ -114,18 +131,22 @@ class HandoffReader:
         if not 0 <= first_token < end_token:
             raise LocalProtocolError(f"tokens [{first_token}, {end_token}) cannot be loaded")
         check_complete(endpoints)
-        layout, load_s = self._identity.layout, self._policy.load_s
+        layout, load_s = self._identity.layout, self._policy.load_s + wait_s
         load = Load(
             handoff_id, ticket, layout, first_token, end_token, sink, load_s, started_s, prompt
         )
+        if cancellation is not None:
+            load.cancellation = cancellation
         try:
             for source in self._sources(endpoints):
                 load.check_time()
                 endpoint = endpoints[source.tp_rank]
-                num_tokens = end_token - first_token
-                load.add(self._claim(source, endpoint, ticket, load.deadline_s, num_tokens))
+                claim = _Claim(ticket, load.deadline_s, wait_s, load.cancellation)
+                load.add(self._claim(source, endpoint, claim, end_token - first_token))
             load.read_all()
+            load.cancellation.ended()
         except BaseException as exc:
+            load.cancellation.ended()
             load.give_up(exc)
             self._tell(handoff_id, "failed", problem=str(exc)[:1024])
             raise
@@ -151,7 +172,8 @@ class HandoffReader:
         deadline_s = time.monotonic() + self._policy.load_s
         outcome = Outcome.FAILED if failed else Outcome.CONSUMED
         for source in self._sources(endpoints):
-            part = self._claim(source, endpoints[source.tp_rank], ticket, deadline_s, 1)
+            claim = _Claim(ticket, deadline_s)
+            part = self._claim(source, endpoints[source.tp_rank], claim, 1)
             try:
                 part.channel.end(outcome, failed)
             except BaseException:
@@ -172,6 +194,7 @@ class HandoffReader:
             load.end_token - load.first_token,
             load.payload_bytes,
             time.monotonic() - load.started_s,
+            load.result,
         )
         self._tell(
             load.handoff_id,
@@ -192,9 +215,7 @@ class HandoffReader:
             num_kv_heads=self._identity.layout.num_kv_heads,
         )
 
-    def _claim(
-        self, source: Source, endpoint: Endpoint, ticket: str, deadline_s: float, num_tokens: int
-    ) -> Part:
+    def _claim(self, source: Source, endpoint: Endpoint, claim: _Claim, num_tokens: int) -> Part:
         """Claim at one rank; a kept channel that turns out dead is replaced once."""
         names = self._ordered(endpoint, num_tokens)
         last: TransportError | None = None
@@ -203,8 +224,9 @@ class HandoffReader:
             kept = self._pool.take(key)
             if kept is not None:
                 try:
-                    return self._claim_on(kept, key, source, ticket, deadline_s)
+                    return self._claim_on(kept, key, source, claim)
                 except TransportError as exc:
+                    claim.cancellation.check("-")
                     logger.info("a kept channel was dead, connecting anew: %s", str(exc))
             try:
                 channel = self._transports[name].connect(
@@ -216,19 +238,16 @@ class HandoffReader:
                     self._fallbacks[name] += 1
                 logger.warning("transport %s cannot connect: %s", name, str(exc))
                 continue
-            return self._claim_on(channel, key, source, ticket, deadline_s)
+            return self._claim_on(channel, key, source, claim)
         raise last or TransportError("+".join(names), "no transport could connect")
 
     def _claim_on(
-        self,
-        channel: Channel,
-        key: tuple[str, str],
-        source: Source,
-        ticket: str,
-        deadline_s: float,
+        self, channel: Channel, key: tuple[str, str], source: Source, claim: _Claim
     ) -> Part:
         try:
-            offer = channel.claim(ticket, within_s=deadline_s - time.monotonic())
+            claim.cancellation.watch(channel)
+            within_s = claim.deadline_s - time.monotonic()
+            offer = channel.claim(claim.ticket, within_s=within_s, wait_s=claim.wait_s)
         except BaseException:
             channel.close()
             raise

@@ -66,10 +66,23 @@ class Scheduler:
             raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S)
         split = self._split(profile, fleet)
         if not split.split:
-            return Decision(Local(decode), split.reason)
+            whole = self._whole(profile, decode, fleet)
+            if whole is not None:
+                return Decision(Local(whole), split.reason)
+            if profile.unsplittable is not None:
+                raise NoCapacityError(
+                    f"this request {split.reason}, and no healthy worker here serves whole "
+                    "requests (role both, or an engine whose decode workers can)",
+                    retry_after_s=RETRY_NO_WORKER_S,
+                    status=400,
+                )
+            split = SplitDecision(True, f"{decode.name} takes handed-over requests only")
         prefill, problem = self._worker(profile, Role.PREFILL, fleet, other=decode)
         if prefill is None:
-            return Decision(Local(decode), problem)
+            whole = self._whole(profile, decode, fleet)
+            if whole is None:
+                raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S)
+            return Decision(Local(whole), problem)
         if prefill.name == decode.name:
             return Decision(
                 Local(decode), f"worker {decode.name!r} is the best choice for both phases"
@@ -96,14 +109,29 @@ class Scheduler:
             False, "no plugin asked for a split"
         )
 
+    def _whole(self, profile: RequestProfile, decode: Worker, fleet: FleetView) -> Worker | None:
+        """Return ``decode`` if it can serve a request alone, else a worker that can, or None."""
+        if decode.whole:
+            return decode
+        return self._worker(profile, Role.DECODE, fleet, whole=True)[0]
+
     def _worker(
-        self, profile: RequestProfile, role: Role, fleet: FleetView, other: Worker | None = None
+        self,
+        profile: RequestProfile,
+        role: Role,
+        fleet: FleetView,
+        other: Worker | None = None,
+        *,
+        whole: bool = False,
     ) -> tuple[Worker | None, str]:
         """Return the worker for ``role``, or None and why there is none.
 
-        ``other`` holds the other role of this request: among equals it comes last.
+        ``other`` holds the other role of this request: among equals it comes last. ``whole``
+        leaves out workers that cannot serve a request alone.
         """
         candidates = fleet.serving(role)
+        if whole:
+            candidates = tuple(worker for worker in candidates if worker.whole)
         if not candidates:
             return None, f"no healthy {role} worker"
         workers, left_out_by = self._hooks.filter_workers(profile, role, candidates, fleet)

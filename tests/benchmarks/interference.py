@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from corpus import prompts
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from disagg_plugins.cli.load import spread
-from disagg_vllm.client import complete
-from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
+from tests.corpus import prompts
+from tests.engines.client import complete
+from tests.engines.testbed import MODEL_NAME, Server, Testbed
 
 BUDGETS = (128, 256, 512, 1024, 2048)
 DEFAULT_BUDGET = 2048

@@ -13,10 +13,10 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from disagg_vllm.client import complete
-from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
+from tests.engines.client import complete
+from tests.engines.testbed import MODEL_NAME, Server, Testbed
 
 FLAGS = ("--enforce-eager", "--max-model-len", "1024", "--dtype", "float32")
 PROMPT_TOKENS = 300

@@ -15,13 +15,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import parity
-from corpus import prompts
-
-from disagg_vllm.client import complete, first_difference
-from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
+from tests import parity
+from tests.corpus import prompts
+from tests.engines.client import complete, first_difference
+from tests.engines.testbed import MODEL_NAME, Server, Testbed
 
 OUTPUT_TOKENS = 48
 MODELS = Path(".models")

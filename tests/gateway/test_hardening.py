@@ -30,7 +30,7 @@ from tests.gateway.harness import LONG, SECRET, SHORT, Stack, eventually, free_p
 from tests.telemetry.test_records import record
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.dialect import Body, HandoffRef
+    from disagg_plugins.gateway.dialect import Body, HandoffRef, Published
 
 Build = Callable[..., Stack]
 
@@ -65,13 +65,13 @@ class FailingDialect(VllmDialect):
         self._fail("prefill_body")
         return super().prefill_body(body, ref)
 
-    def handoff_params(self, answer: Body) -> Body:
-        self._fail("handoff_params")
-        return super().handoff_params(answer)
+    def published(self, answer: Body, ref: HandoffRef) -> Published:
+        self._fail("published")
+        return super().published(answer, ref)
 
-    def decode_body(self, body: Body, ref: HandoffRef, params: Body | None) -> Body:
+    def decode_body(self, body: Body, ref: HandoffRef, published: Published | None) -> Body:
         self._fail("decode_body")
-        return super().decode_body(body, ref, params)
+        return super().decode_body(body, ref, published)
 
 
 class FailingPlugin:
@@ -83,7 +83,7 @@ class FailingPlugin:
         return [self.dialect]
 
 
-@pytest.mark.parametrize("where", ["prefill_body", "handoff_params", "decode_body"])
+@pytest.mark.parametrize("where", ["prefill_body", "published", "decode_body"])
 def test_exception_while_a_request_is_handled_leaves_nothing_behind(
     build: Build, where: str
 ) -> None:

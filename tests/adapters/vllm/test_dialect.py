@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from disagg_plugins.errors import RemoteProtocolError
-from disagg_plugins.gateway.dialect import Body, HandoffRef, pair_problem
+from disagg_plugins.gateway.dialect import Body, HandoffRef, Published, pair_family, tells_endpoints
 from disagg_plugins.types import HandoffId, Role, Worker
-from disagg_vllm.dialect import KEY, VllmDialect
+from disagg_vllm.dialect import KEY, TOKEN_IDS, VllmDialect
 from disagg_vllm.params import answer_params, read_params
 
 REF = HandoffRef(
@@ -28,6 +30,7 @@ BODY: Body = {
     "a_field_nobody_knows": {"x": [1]},
 }
 ENDPOINT = {"tp_rank": 0, "tp_size": 1, "host_id": "h", "addresses": {"shm": "a"}}
+PUBLISHED = Published(9, (ENDPOINT,))
 
 
 def answer(**changes: object) -> Body:
@@ -39,7 +42,8 @@ def test_prefill_asks_for_one_token_that_nobody_sees() -> None:
     body = VllmDialect().prefill_body(BODY, REF)
     assert body["stream"] is False
     assert body["max_tokens"] == 1
-    assert not {"stream_options", "min_tokens", "logprobs"} & set(body)
+    assert not {"stream_options", "logprobs"} & set(body)
+    assert body["min_tokens"] == 1, "the first token may not be one that ends the answer"
     assert body["temperature"] == 0.5
     assert body["a_field_nobody_knows"] == {"x": [1]}
     assert BODY["stream"] is True, "the client's body is left as it is"
@@ -57,7 +61,7 @@ def test_the_connector_reads_what_the_dialect_writes() -> None:
     assert prefill is not None
     assert (prefill.step, prefill.ticket) == ("prefill", "ticket")
     said = {KEY: answer_params(num_tokens=9, prompt="a" * 32, endpoints=[ENDPOINT])}
-    decode = read_params(dialect.decode_body(BODY, REF, dialect.handoff_params(said))[KEY])
+    decode = read_params(dialect.decode_body(BODY, REF, dialect.published(said, REF))[KEY])
     assert decode is not None
     assert (decode.step, decode.ticket, decode.num_tokens) == ("decode", "ticket", 9)
     assert decode.endpoints == (ENDPOINT,)
@@ -65,7 +69,7 @@ def test_the_connector_reads_what_the_dialect_writes() -> None:
 
 def test_decode_gets_the_clients_request_and_the_opaque_params() -> None:
     dialect = VllmDialect()
-    body = dialect.decode_body(BODY, REF, dialect.handoff_params(answer()))
+    body = dialect.decode_body(BODY, REF, dialect.published(answer(), REF))
     assert {k: v for k, v in body.items() if k != KEY} == BODY
     params = body[KEY]
     assert isinstance(params, dict)
@@ -88,7 +92,7 @@ def test_decode_gets_the_clients_request_and_the_opaque_params() -> None:
 )
 def test_false_handoff_params_are_refused(said: Body, words: str) -> None:
     with pytest.raises(RemoteProtocolError, match=words):
-        VllmDialect().handoff_params(said)
+        VllmDialect().published(said, REF)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,7 @@ def test_a_client_never_reaches_the_kv_path(given: Body) -> None:
     for clean in (
         dialect.local_body(body),
         {k: v for k, v in dialect.prefill_body(body, REF).items() if k != KEY},
-        {k: v for k, v in dialect.decode_body(body, REF, None).items() if k != KEY},
+        {k: v for k, v in dialect.decode_body(body, REF, PUBLISHED).items() if k != KEY},
     ):
         assert KEY not in str(clean)
 
@@ -121,13 +125,37 @@ def test_unsplittable_names_the_reason() -> None:
     assert dialect.unsplittable({**BODY, KEY: {}}) == f"the client set {KEY}"
 
 
-def test_pairs_of_unlike_engines_are_not_split() -> None:
-    class Other(VllmDialect):
-        engine = "other"
+class Other(VllmDialect):
+    engine = "other"
+    answers_endpoints = False
 
-    assert pair_problem(VllmDialect(), VllmDialect()) is None
-    assert "not supported in this release" in str(pair_problem(VllmDialect(), Other()))
-    assert "no dialect" in str(pair_problem(None, VllmDialect()))
+
+def test_workers_of_two_engines_meet_by_relay() -> None:
+    vllm, other = VllmDialect(), Other()
+    other.family = "rendezvous"
+    assert pair_family(vllm, vllm) == "relay"
+    assert pair_family(other, other) == "rendezvous"
+    assert pair_family(vllm, other) == pair_family(other, vllm) == "relay"
+    assert tells_endpoints(vllm, other)
+    assert not tells_endpoints(other, vllm)
+    assert not tells_endpoints(other, other)
+
+
+def test_another_engine_is_told_the_first_token() -> None:
+    ref = replace(REF, decode=Worker("d0", "http://127.0.0.1:8102", "other", Role.DECODE))
+    dialect = VllmDialect()
+    assert dialect.prefill_body(BODY, ref)[TOKEN_IDS] is True
+    assert TOKEN_IDS not in dialect.prefill_body(BODY, REF)
+    said = {**answer(), "choices": [{"token_ids": [17]}]}
+    assert dialect.published(said, ref).first_token == 17
+    assert dialect.published(said, REF).first_token == -1
+
+
+@pytest.mark.parametrize("choices", [[], [{}], [{"token_ids": []}], [{"token_ids": [1, 2]}], "x"])
+def test_an_answer_without_its_token_is_refused_across_engines(choices: object) -> None:
+    ref = replace(REF, decode=Worker("d0", "http://127.0.0.1:8102", "other", Role.DECODE))
+    with pytest.raises(RemoteProtocolError, match="cannot go on"):
+        VllmDialect().published({**answer(), "choices": choices}, ref)
 
 
 def test_room_is_a_positive_number() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.policy import Policy
-from disagg_vllm.launcher import VllmLauncher, tensor_parallel_size, threads_bind
+from disagg_vllm.launcher import VllmLauncher
 
 
 def command(tmp_path: Path, **launch: Any) -> Any:
@@ -108,22 +108,10 @@ def test_cpus_are_bound_and_shared_among_ranks(tmp_path: Path) -> None:
     assert found.env == {"VLLM_CPU_OMP_THREADS_BIND": "0,1|2,3"}
 
 
-def test_fewer_cpus_than_ranks_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="2 ranks cannot share 1 CPUs"):
-        threads_bind([0], 2)
-
-
-@pytest.mark.parametrize(
-    ("args", "size"),
-    [([], 1), (["-tp", "2"], 2), (["--tensor-parallel-size=4"], 4), (["--seed", "2"], 1)],
-)
-def test_tensor_parallel_size_is_read_from_the_flags(args: list[str], size: int) -> None:
-    assert tensor_parallel_size(args) == size
-
-
-def test_tensor_parallel_size_that_is_no_number_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="needs a whole number"):
-        tensor_parallel_size(["-tp"])
+@pytest.mark.parametrize("args", [["-tp", "2"], ["--tensor-parallel-size=2"]])
+def test_tensor_parallel_size_is_read_from_the_flags(tmp_path: Path, args: list[str]) -> None:
+    found = command(tmp_path, cpus=[0, 1], args=args)
+    assert found.env == {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 def test_secret_is_never_on_the_command_line(

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import warnings
-from pathlib import Path
 
 collect_ignore_glob: list[str] = []
-
-# parity.py and corpus.py are shared with the benchmarks and the demo.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob.append("test_*.py")

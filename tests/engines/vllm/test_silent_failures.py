@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import parity
 import pytest
-from corpus import prompts
 
-from disagg_vllm.testbed import Server, Testbed
+from tests import parity
+from tests.corpus import prompts
+from tests.engines.testbed import Server, Testbed
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import parity
 import pytest
-from corpus import prompts
 
-from disagg_vllm.client import AnswerError, Completion, complete
-from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
+from tests import parity
+from tests.corpus import prompts
+from tests.engines.client import AnswerError, Completion, complete
+from tests.engines.testbed import MODEL_NAME, Server, Testbed
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

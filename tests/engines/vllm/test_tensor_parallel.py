@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import parity
 import pytest
-from corpus import prompts
 
-from disagg_vllm.client import complete
-from disagg_vllm.testbed import MODEL_NAME, Server, Testbed
+from tests import parity
+from tests.corpus import prompts
+from tests.engines.client import complete
+from tests.engines.testbed import MODEL_NAME, Server, Testbed
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

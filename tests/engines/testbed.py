@@ -1,7 +1,10 @@
-"""Real vLLM workers, a plain vLLM and the gateway on one machine: for demo, tests, benchmarks.
+"""Real engines' workers, a plain engine and the gateway on one machine: demo, tests, benchmarks.
 
 Everything listens on loopback, is started under guards, and ends with the ``with`` statement. The
-plain vLLM (the *monolith*) has no connector: it is what the split is compared with.
+plain engine (the *monolith*) has no connector: it is what the split is compared with.
+
+vLLM's servers run in the interpreter that runs this, SGLang's in that of ``make sglang``
+(``DISAGG_SGLANG_PYTHON`` names another), all on CPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import psutil
 import yaml
@@ -28,12 +31,38 @@ from disagg_plugins.errors import DisaggError
 from disagg_plugins.launch.interfaces import LaunchCommand
 from disagg_plugins.launch.local import LocalFleet, RunningWorker, healthy, tail_of
 from disagg_plugins.policy import Policy, WorkerPolicy, load_policy
-from disagg_vllm.client import complete
+from disagg_sglang.launcher import POLICY_ENV, WORKER_ENV, SglangLauncher, num_ranks
 from disagg_vllm.launcher import VllmLauncher
+from tests.engines.client import complete
 
 MODEL_NAME = "demo"
 GATEWAY_START_S = 60.0
-PLAIN = "vllm-plain"
+ROOT = Path(__file__).resolve().parents[2]
+
+Engine = Literal["vllm", "sglang"]
+PLAIN = {"vllm": "vllm-plain", "sglang": "sglang-plain"}
+"""What the testbed calls an engine without the connector."""
+
+SGLANG_PYTHON_ENV = "DISAGG_SGLANG_PYTHON"
+SGLANG_PYTHON = ROOT / ".venvs" / "sglang" / "bin" / "python"
+
+SGLANG_FLAGS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--grammar-backend", "none", "--disable-cuda-graph", "--disable-overlap-schedule"),
+    # The fraction is of the memory that the whole machine has free; what is taken is bounded by
+    # --max-total-tokens.
+    *("--mem-fraction-static", "0.85", "--sleep-on-idle"),
+)
+"""What SGLang 0.5.23 needs to run on a CPU with PyTorch's kernels."""
+
+SGLANG_DECODE_FLAGS = ("--disaggregation-decode-retraction-backup", "cpu_tensor")
+"""Without these a decode server registers host memory with CUDA."""
+
+SGLANG_CPU_KERNELS = Path(__file__).resolve().parent / "sglang" / "cpu_kernels"
+SGLANG_ENV = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_HOST_IP": "127.0.0.1"}
+
+SGLANG_START_S = 600.0
+"""A server's three processes import SGLang for 50 CPU-seconds each; a fleet shares two cores."""
 
 
 class TestbedError(DisaggError):
@@ -42,15 +71,16 @@ class TestbedError(DisaggError):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One vLLM server of the testbed.
+    """One engine server of the testbed.
 
     Attributes:
         name: Its name; also that of its log.
-        role: ``prefill``, ``decode``, ``both``, or ``monolith`` (a vLLM without the connector).
+        role: ``prefill``, ``decode``, ``both``, or ``monolith`` (an engine without the connector).
         cpus: CPUs to pin it to; one compute thread for each.
         args: More flags.
         env: More environment.
         model: Another model folder than the testbed's.
+        engine: ``vllm`` or ``sglang``.
     """
 
     name: str
@@ -59,12 +89,18 @@ class Server:
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     model: Path | None = None
+    engine: Engine = "vllm"
+
+    @property
+    def answers_alone(self) -> bool:
+        """Whether it completes a request that comes from no gateway; SGLang's halves refuse it."""
+        return self.engine == "vllm" or self.role in ("both", "monolith")
 
 
-class PlainLauncher:
+class PlainVllmLauncher:
     """Starts vLLM as anyone would, without the connector."""
 
-    engine = PLAIN
+    engine = PLAIN["vllm"]
 
     def command(self, worker: WorkerPolicy, policy: Policy, policy_path: Path) -> LaunchCommand:
         """Return the command of ``VllmLauncher`` without the connector's flag."""
@@ -72,6 +108,36 @@ class PlainLauncher:
         argv = list(command.argv)
         at = argv.index("--kv-transfer-config")
         return LaunchCommand((*argv[:at], *argv[at + 2 :]), command.env)
+
+
+class PlainSglangLauncher:
+    """Starts SGLang as anyone would, without the transfer backend."""
+
+    engine = PLAIN["sglang"]
+
+    def command(self, worker: WorkerPolicy, policy: Policy, policy_path: Path) -> LaunchCommand:
+        """Return the command of ``SglangLauncher`` without what turns the plugin on."""
+        command = SglangLauncher().command(worker, policy, policy_path)
+        env = {k: v for k, v in command.env.items() if k not in (POLICY_ENV, WORKER_ENV)}
+        return LaunchCommand(command.argv, env)
+
+
+LAUNCHERS = (VllmLauncher(), SglangLauncher(), PlainVllmLauncher(), PlainSglangLauncher())
+
+
+def sglang_python() -> Path:
+    """Return the interpreter that has SGLang; it may not be there."""
+    return Path(os.environ.get(SGLANG_PYTHON_ENV) or SGLANG_PYTHON)
+
+
+def sglang_env(server: Server, args: Sequence[str]) -> dict[str, str]:
+    """Return the environment of an SGLang server: on a CPU, with the stand-in for its kernels."""
+    path = [str(SGLANG_CPU_KERNELS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**SGLANG_ENV, "PYTHONPATH": os.pathsep.join(path)}
+    if server.cpus:
+        # SGLang gives each rank its threads by a kernel that the stand-in does not have.
+        env["OMP_NUM_THREADS"] = str(max(1, len(server.cpus) // num_ranks(args)))
+    return env
 
 
 PORTS = range(10_000, 30_000)
@@ -97,9 +163,11 @@ class Testbed:
         folder: Where policy, records and logs go.
         model: The model's folder.
         servers: What to start.
-        flags: vLLM flags of every server.
+        flags: Flags of every vLLM server.
+        sglang_flags: Flags of every SGLang server, beside those that a CPU needs.
         policy: Sections of the policy to add or change (``handoff``, ``scheduler``, ...).
-        kv_gib: KV cache of each server, in GiB.
+        kv_gib: KV cache of each vLLM server, in GiB.
+        kv_tokens: KV cache of each SGLang server, in tokens.
         gateway: Whether to start the gateway.
         say: Takes one line of progress.
     """
@@ -113,13 +181,16 @@ class Testbed:
         servers: Sequence[Server],
         *,
         flags: Sequence[str] = (),
+        sglang_flags: Sequence[str] = (),
         policy: Mapping[str, Any] | None = None,
         kv_gib: int = 1,
+        kv_tokens: int = 8192,
         gateway: bool = True,
         say: Callable[[str], None] = print,
     ) -> None:
         self.folder = folder.resolve()
         self.model = model.resolve()
+        self.servers = tuple(servers)
         self.say = say
         self._with_gateway = gateway
         self._gateway: subprocess.Popen[bytes] | None = None
@@ -131,10 +202,17 @@ class Testbed:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.policy_path = self.folder / "disagg.yaml"
         self._start_path = self.folder / "start.yaml"
-        workers = [self._worker(s, flags, kv_gib) for s in servers]
+        sglang_flags = ("--max-total-tokens", str(kv_tokens), *sglang_flags)
+        launches = {
+            s.name: self._vllm_launch(s, flags, kv_gib)
+            if s.engine == "vllm"
+            else self._sglang_launch(s, sglang_flags)
+            for s in servers
+        }
+        workers = [self._worker(s, launches[s.name]) for s in servers]
         text: dict[str, Any] = {
             "model": MODEL_NAME,
-            "fleet": {"workers": [w for w in workers if w["engine"] == "vllm"]},
+            "fleet": {"workers": [w for w in workers if w["engine"] not in PLAIN.values()]},
             "telemetry": {"records": "records.jsonl"},
             **(policy or {}),
         }
@@ -145,20 +223,35 @@ class Testbed:
             self.policy_path.write_text(yaml.safe_dump(text))
         self._fleet: LocalFleet | None = None
 
-    def _worker(self, server: Server, flags: Sequence[str], kv_gib: int) -> dict[str, Any]:
+    def _worker(self, server: Server, launch: dict[str, Any]) -> dict[str, Any]:
         monolith = server.role == "monolith"
         return {
             "name": server.name,
             "url": self.urls[server.name],
-            "engine": PLAIN if monolith else "vllm",
+            "engine": PLAIN[server.engine] if monolith else server.engine,
             "role": "both" if monolith else server.role,
             "launch": {
                 "model": str(server.model or self.model),
-                "python": sys.executable,
                 "cpus": list(server.cpus),
-                "args": [*flags, *server.args],
-                "env": {"VLLM_CPU_KVCACHE_SPACE": str(kv_gib), **server.env},
+                **launch,
             },
+        }
+
+    def _vllm_launch(self, server: Server, flags: Sequence[str], kv_gib: int) -> dict[str, Any]:
+        return {
+            "python": sys.executable,
+            "args": [*flags, *server.args],
+            "env": {"VLLM_CPU_KVCACHE_SPACE": str(kv_gib), **server.env},
+        }
+
+    def _sglang_launch(self, server: Server, flags: Sequence[str]) -> dict[str, Any]:
+        role_flags = SGLANG_DECODE_FLAGS if server.role == "decode" else ()
+        args = [*SGLANG_FLAGS, *role_flags, *flags, *server.args]
+        return {
+            "python": str(sglang_python()),
+            "args": args,
+            "env": {**sglang_env(server, args), **server.env},
+            "start_s": SGLANG_START_S,
         }
 
     def __enter__(self) -> Self:
@@ -183,7 +276,7 @@ class Testbed:
         self._fleet = LocalFleet(
             load_policy(self._start_path),
             self.policy_path,
-            {"vllm": VllmLauncher(), PLAIN: PlainLauncher()},
+            {launcher.engine: launcher for launcher in LAUNCHERS},
             run_dir=self.folder / "logs",
             say=self.say,
         )
@@ -195,12 +288,17 @@ class Testbed:
             self.wait_ready()
 
     def _warm_up(self) -> None:
-        """Send every server a first request: vLLM's CPU build compiles for seconds then."""
+        """Send every server a first request: vLLM's CPU build compiles for seconds then.
+
+        SGLang has warmed itself up before it calls itself healthy.
+        """
         self.say("warming up")
-        with ThreadPoolExecutor(len(self.urls)) as pool:
+        urls = [self.urls[s.name] for s in self.servers if s.answers_alone]
+        if not urls:
+            return
+        with ThreadPoolExecutor(len(urls)) as pool:
             answers = [
-                pool.submit(complete, url, "Hello", max_tokens=2, model=MODEL_NAME)
-                for url in self.urls.values()
+                pool.submit(complete, url, "Hello", max_tokens=2, model=MODEL_NAME) for url in urls
             ]
             for answer in answers:
                 answer.result()

@@ -1,4 +1,8 @@
-"""A small measuring client for vLLM: tokens, their log-probabilities and their times."""
+"""A small measuring client for vLLM and SGLang: tokens, their log-probabilities, their times.
+
+Both answer ``/v1/completions`` with one server-sent event for each step. What differs: vLLM names
+tokens ``token_id:N`` when asked to, SGLang by their text alone; both give the ids beside them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,9 @@ from disagg_plugins.errors import DisaggError
 ANSWER_S = 300.0
 """Longest silence before a request counts as failed; far above any prompt used here."""
 
+AS_IDS = {"return_tokens_as_token_ids": True, "return_token_ids": True}
+"""The first is vLLM's alone (SGLang ignores fields it does not know), the second both have."""
+
 
 class AnswerError(DisaggError):
     """The server answered with an error or ended early."""
@@ -25,16 +32,21 @@ class Completion:
     """One answer.
 
     Attributes:
-        tokens: Token texts, or ids as ``token_id:N`` where the server gives them.
+        tokens: One entry a token: ``token_id:N`` from vLLM, texts from SGLang; without
+            log-probabilities the text of one chunk an entry.
+        ids: Token ids, where log-probabilities were asked for.
         top: For each token the best alternatives: token -> log-probability.
         started_s: Monotonic time of sending.
+        text: The answer as text.
         arrivals_s: Monotonic times at which tokens arrived, one a streamed chunk.
         usage: The server's count of tokens.
         finish: Why it ended.
     """
 
     tokens: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     top: list[dict[str, float]] = field(default_factory=list)
+    text: str = ""
     started_s: float = 0.0
     arrivals_s: list[float] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +84,7 @@ def complete(
     """Stream one greedy completion.
 
     Args:
-        url: ``http://host:port`` of a vLLM server or the gateway.
+        url: ``http://host:port`` of a server or the gateway.
         prompt: Text or token ids.
         max_tokens: Output bound.
         model: The served model's name.
@@ -92,7 +104,7 @@ def complete(
         "stream": True,
         "stream_options": {"include_usage": True},
         "ignore_eos": ignore_eos,
-        **({"logprobs": logprobs, "return_tokens_as_token_ids": True} if logprobs else {}),
+        **({"logprobs": logprobs, **AS_IDS} if logprobs else {}),
         **(extra or {}),
     }
     parts = urlsplit(url)
@@ -128,6 +140,8 @@ def _read_stream(answer: http.client.HTTPResponse, result: Completion, url: str)
             result.usage = event["usage"]
         for choice in event.get("choices", ()):
             result.finish = choice.get("finish_reason") or result.finish
+            result.text += choice.get("text") or ""
+            result.ids.extend(choice.get("token_ids") or ())
             if (logprobs := choice.get("logprobs")) is not None:
                 result.tokens.extend(logprobs["tokens"])
                 result.top.extend(logprobs["top_logprobs"])
@@ -140,11 +154,18 @@ def _read_stream(answer: http.client.HTTPResponse, result: Completion, url: str)
 
 
 def first_difference(a: Completion, b: Completion) -> int | None:
-    """Return the first position at which the two answers differ, or None."""
-    for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)):
+    """Return the first position at which the two answers differ, or None.
+
+    Ids are compared where both sides have them: engines write tokens differently.
+    """
+    ours: Sequence[object] = a.tokens
+    theirs: Sequence[object] = b.tokens
+    if a.ids and b.ids:
+        ours, theirs = a.ids, b.ids
+    for i, (x, y) in enumerate(zip(ours, theirs, strict=False)):
         if x != y:
             return i
-    return None if len(a.tokens) == len(b.tokens) else min(len(a.tokens), len(b.tokens))
+    return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
 
 
 def is_tie(a: Completion, b: Completion, position: int, *, gap: float) -> bool:

@@ -1,0 +1,1 @@
+"""The SGLang adapter: the same policy inside an SGLang worker, by SGLang's own plugin door."""

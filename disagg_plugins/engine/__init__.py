@@ -1,0 +1,4 @@
+"""What every engine's adapter needs inside the engine: its settings, and a rank's part in handoffs.
+
+Imports no engine.
+"""
