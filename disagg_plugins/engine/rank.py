@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import ConfigError
@@ -206,6 +206,7 @@ class Rank:
             "tp_rank": identity.tp_rank,
             "tp_size": identity.tp_size,
             "fingerprint": identity.fingerprint.digest(),
+            "model": asdict(identity.fingerprint),
             "layout": (
                 f"{layout.order} {layout.packing} block {layout.block_size_tokens} {layout.dtype}"
             ),

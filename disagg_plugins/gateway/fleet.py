@@ -216,7 +216,8 @@ class FleetState:
         for key, what, fix in MUST_AGREE:
             a, b = ours.get(key), theirs.get(key)
             if a is not None and b is not None and a != b:
-                return f"{what} {prefill.name} has {a}, {decode.name} has {b}; {fix}"
+                differing = _differing(ours.get("model"), theirs.get("model"), key)
+                return f"{what} {prefill.name} has {a}, {decode.name} has {b}{differing}; {fix}"
         return None
 
     def problems(self) -> list[str]:
@@ -232,6 +233,14 @@ class FleetState:
             r for r in (Role.PREFILL,) for w in self.workers if w.role.serves(r)
         }
         return {str(role): bool(self.view().serving(role)) for role in sorted(roles)}
+
+
+def _differing(ours: object, theirs: object, key: str) -> str:
+    """Return which fields of two fingerprints differ, where both workers tell them."""
+    if key != "fingerprint" or not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return ""
+    fields = [k for k in ours if ours[k] != theirs.get(k)]
+    return "".join(f" ({k} {ours[k]!r:.200} and {theirs.get(k)!r:.200})" for k in fields)
 
 
 def _with_dialect(worker: Worker, dialect: Dialect | None) -> Worker:

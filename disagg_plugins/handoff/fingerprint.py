@@ -152,7 +152,11 @@ def rope_settings(config: object) -> str:
         values = {**values, **parameters}
     if isinstance(scaling := values.pop("rope_scaling", None), dict):
         values.update(scaling)
-    values = {k: v for k, v in values.items() if not (k == "rope_type" and v == "default")}
+    # The kind has an older name, which SGLang writes beside the newer one.
+    if (kind := values.pop("type", None)) is not None:
+        values.setdefault("rope_type", kind)
+    if values.get("rope_type") == "default":
+        del values["rope_type"]
     return json.dumps(values, sort_keys=True, default=str) if values else "none"
 
 
