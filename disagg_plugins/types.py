@@ -44,6 +44,8 @@ class Worker:
         labels: Free text for plugins: zone, hardware, revision.
         whole: Whether it can serve a request alone, reading the prompt itself. An engine's decode
             mode may know handed-over requests only.
+        handoffs: Whether it takes part in handoffs. An engine may have modes for the two phases
+            and none for both.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Worker:
     capacity: int = 64
     labels: Mapping[str, str] = field(default_factory=dict)
     whole: bool = True
+    handoffs: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,8 +222,9 @@ class FleetState:
 
     def problems(self) -> list[str]:
         """Return what keeps pairs from splitting, one line each, each once."""
-        prefills = [w for w in self.workers if w.role.serves(Role.PREFILL)]
-        decodes = [w for w in self.workers if w.role.serves(Role.DECODE)]
+        able = [w for w in self.workers if w.handoffs]
+        prefills = [w for w in able if w.role.serves(Role.PREFILL)]
+        decodes = [w for w in able if w.role.serves(Role.DECODE)]
         found = (self.pair_problem(p, d) for p in prefills for d in decodes if p is not d)
         return list(dict.fromkeys(f for f in found if f is not None))
 
@@ -244,6 +245,9 @@ def _differing(ours: object, theirs: object, key: str) -> str:
 
 
 def _with_dialect(worker: Worker, dialect: Dialect | None) -> Worker:
-    """Return ``worker`` as its engine makes it: whether it can serve a request alone."""
-    whole = worker.role is Role.BOTH or dialect is None or dialect.decode_is_whole
-    return worker if whole else replace(worker, whole=False)
+    """Return ``worker`` as its engine makes it: able to serve alone, to take handoffs, or both."""
+    if dialect is None or dialect.decode_is_whole:
+        return worker
+    if worker.role is Role.BOTH:
+        return replace(worker, handoffs=False)
+    return replace(worker, whole=False)

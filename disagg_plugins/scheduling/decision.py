@@ -22,7 +22,7 @@ from disagg_plugins.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from disagg_plugins.plugins import PluginHost
     from disagg_plugins.policy import Policy
@@ -61,33 +61,49 @@ class Scheduler:
             raise NoCapacityError(
                 refusal.reason, retry_after_s=refusal.retry_after_s, status=refusal.status
             )
-        decode, problem = self._worker(profile, Role.DECODE, fleet)
-        if decode is None:
-            raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S)
         split = self._split(profile, fleet)
         if not split.split:
-            whole = self._whole(profile, decode, fleet)
+            whole, problem = self._worker(profile, Role.DECODE, fleet, serves_whole)
             if whole is not None:
                 return Decision(Local(whole), split.reason)
-            if profile.unsplittable is not None:
-                raise NoCapacityError(
-                    f"this request {split.reason}, and no healthy worker here serves whole "
-                    "requests (role both, or an engine whose decode workers can)",
-                    retry_after_s=RETRY_NO_WORKER_S,
-                    status=400,
-                )
-            split = SplitDecision(True, f"{decode.name} takes handed-over requests only")
-        prefill, problem = self._worker(profile, Role.PREFILL, fleet, other=decode)
-        if prefill is None:
-            whole = self._whole(profile, decode, fleet)
-            if whole is None:
+            split = self._forced(profile, fleet, split, problem)
+        decode, problem = self._worker(profile, Role.DECODE, fleet, takes_handoffs)
+        prefill: Worker | None = None
+        if decode is not None:
+            prefill, problem = self._worker(
+                profile, Role.PREFILL, fleet, takes_handoffs, other=decode
+            )
+        if decode is None or prefill is None:
+            if decode is None or not decode.whole:
+                decode, _ = self._worker(profile, Role.DECODE, fleet, serves_whole)
+            if decode is None:
                 raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S)
-            return Decision(Local(whole), problem)
+            return Decision(Local(decode), problem)
         if prefill.name == decode.name:
             return Decision(
                 Local(decode), f"worker {decode.name!r} is the best choice for both phases"
             )
         return Decision(Disaggregated(prefill, decode), split.reason)
+
+    def _forced(
+        self, profile: RequestProfile, fleet: FleetView, split: SplitDecision, problem: str
+    ) -> SplitDecision:
+        """Return the split of a request that is not to be split where no worker serves it whole.
+
+        Raises:
+            NoCapacityError: It cannot be split either, or there is no worker at all.
+        """
+        dependent = [w for w in fleet.serving(Role.DECODE) if not w.whole]
+        if not dependent:
+            raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S)
+        if profile.unsplittable is not None:
+            raise NoCapacityError(
+                f"this request {split.reason}, and no healthy worker here serves whole requests "
+                "(role both, or an engine whose decode workers can)",
+                retry_after_s=RETRY_NO_WORKER_S,
+                status=400,
+            )
+        return SplitDecision(True, f"{dependent[0].name} takes handed-over requests only")
 
     def queue_score(self, profile: RequestProfile) -> float:
         """Return how urgent a request is that waits for a prefill worker, from 0 to 1."""
@@ -109,29 +125,21 @@ class Scheduler:
             False, "no plugin asked for a split"
         )
 
-    def _whole(self, profile: RequestProfile, decode: Worker, fleet: FleetView) -> Worker | None:
-        """Return ``decode`` if it can serve a request alone, else a worker that can, or None."""
-        if decode.whole:
-            return decode
-        return self._worker(profile, Role.DECODE, fleet, whole=True)[0]
-
     def _worker(
         self,
         profile: RequestProfile,
         role: Role,
         fleet: FleetView,
-        other: Worker | None = None,
+        able: Callable[[Worker], bool],
         *,
-        whole: bool = False,
+        other: Worker | None = None,
     ) -> tuple[Worker | None, str]:
         """Return the worker for ``role``, or None and why there is none.
 
-        ``other`` holds the other role of this request: among equals it comes last. ``whole``
-        leaves out workers that cannot serve a request alone.
+        Workers that are not ``able`` are left out. ``other`` holds the other role of this request:
+        among equals it comes last.
         """
-        candidates = fleet.serving(role)
-        if whole:
-            candidates = tuple(worker for worker in candidates if worker.whole)
+        candidates = tuple(filter(able, fleet.serving(role)))
         if not candidates:
             return None, f"no healthy {role} worker"
         workers, left_out_by = self._hooks.filter_workers(profile, role, candidates, fleet)
@@ -158,3 +166,13 @@ class Scheduler:
         if len(self._last_turn) > 2 * len(fleet.workers) + 2:  # workers came and went
             present = {worker.name for worker in fleet.workers}
             self._last_turn = {k: v for k, v in self._last_turn.items() if k[1] in present}
+
+
+def serves_whole(worker: Worker) -> bool:
+    """Return whether a worker can serve a request alone."""
+    return worker.whole
+
+
+def takes_handoffs(worker: Worker) -> bool:
+    """Return whether a worker takes part in handoffs in its role."""
+    return worker.handoffs

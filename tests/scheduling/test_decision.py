@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -250,3 +251,51 @@ def test_every_route_is_possible_and_every_refusal_has_a_reason(fleet, profile):
             assert prefill in view.serving(Role.PREFILL)
             assert prefill.name != decision.route.decode.name
         assert host.counts == {}
+
+
+def dependent(fleet):
+    """Return the fleet of an engine whose decode workers take handed-over requests only."""
+    return tuple(
+        replace(w, handoffs=False) if w.role is Role.BOTH else replace(w, whole=False)
+        for w in fleet
+    )
+
+
+UNSPLITTABLE = replace(LONG, unsplittable="n > 1")
+
+
+def test_dependent_decode_workers_get_short_prompts_split_too(scheduler):
+    decision = scheduler().decide(SHORT, FleetView(dependent(TWO_BY_TWO)))
+    assert isinstance(decision.route, Disaggregated)
+    assert decision.reason == "d1 takes handed-over requests only"
+
+
+def test_what_is_not_split_goes_to_a_worker_that_serves_whole_requests(scheduler):
+    fleet = FleetView(dependent(workers(p="prefill", d="decode", b="both")))
+    made = scheduler()
+    for profile in (SHORT, UNSPLITTABLE):
+        assert made.decide(profile, fleet).route == Local(fleet.workers[2])
+
+
+def test_what_is_split_never_goes_to_a_worker_that_takes_no_handoffs(scheduler):
+    fleet = FleetView(dependent(workers(b="both", p="prefill", d="decode")))
+    made = scheduler()
+    for _ in range(4):
+        assert made.decide(LONG, fleet).route == Disaggregated(*fleet.workers[1:])
+
+
+def test_an_unsplittable_request_without_such_a_worker_is_the_clients_error(scheduler):
+    with pytest.raises(NoCapacityError, match="n > 1.*serves whole requests") as caught:
+        scheduler().decide(UNSPLITTABLE, FleetView(dependent(TWO_BY_TWO)))
+    assert caught.value.status == 400
+
+
+def test_dependent_decode_workers_without_prefill_fall_back_or_refuse(scheduler):
+    fleet = dependent(workers(d="decode", b="both"))
+    made = scheduler()
+    decision = made.decide(LONG, FleetView(fleet))
+    assert decision.route == Local(fleet[1])
+    assert decision.reason == "no healthy prefill worker"
+    with pytest.raises(NoCapacityError, match="no healthy prefill worker") as caught:
+        made.decide(LONG, FleetView(fleet[:1]))
+    assert caught.value.status == 503

@@ -9,29 +9,24 @@ import concurrent.futures
 import http.client
 import json
 import os
-import re
 import signal
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests import parity
 from tests.corpus import prompts
 from tests.engines.client import AnswerError, Completion, complete
+from tests.engines.probes import engine_processes, idle, in_flight, metric, post, until
 from tests.engines.testbed import MODEL_NAME, Server, Testbed
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 MODELS = Path(__file__).resolve().parents[3] / ".models"
 FLAGS = ("--enforce-eager", "--max-model-len", "2048", "--dtype", "float32")
-WAIT_S = 30.0
 LEASE_S = 6.0
-IDLE_LOOK_S = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -59,33 +54,6 @@ def text_of(tokens: int, seed: int) -> str:
 
 def monolith(bed: Testbed, text: str | list[int], max_tokens: int) -> Completion:
     return complete(bed.urls["monolith"], text, max_tokens=max_tokens, model=MODEL_NAME)
-
-
-def until(condition: Callable[[], bool], what: str, within_s: float = WAIT_S) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited {within_s} s for {what}"
-        time.sleep(0.1)
-
-
-def metric(url: str, name: str) -> float:
-    """Return the sum of one metric over its labels on a server's own page."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    pattern = re.compile(rf"^{re.escape(name)}(\{{.*\}})? (\S+)$")
-    return sum(float(m[2]) for m in map(pattern.match, lines) if m)
-
-
-def post(url: str, path: str, body: dict[str, Any], request_id: str = "") -> tuple[int, Any]:
-    headers = {"Content-Type": "application/json"} | (
-        {"X-Request-Id": request_id} if request_id else {}
-    )
-    request = urllib.request.Request(url + path, json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
 
 
 @pytest.mark.parametrize(
@@ -196,25 +164,6 @@ def test_errors_have_openais_shape(bed: Testbed) -> None:
     assert "no-such-model" in answer["error"]["message"]
 
 
-def in_flight(bed: Testbed, name: str) -> int:
-    """Return the requests that the gateway has with a worker."""
-    with urllib.request.urlopen(f"{bed.gateway_url}/internal/status", timeout=10) as answer:
-        workers = json.load(answer)["workers"]
-    return next(int(w["requests"]) for w in workers if w["name"] == name)
-
-
-def idle(bed: Testbed) -> bool:
-    """Return whether neither worker computes: vLLM's own gauges stand still with the engine."""
-
-    def cpu_s() -> float:
-        times = [p.cpu_times() for name in ("prefill", "decode") for p in bed.processes(name)]
-        return sum(t.user + t.system for t in times)
-
-    before_s = cpu_s()
-    time.sleep(IDLE_LOOK_S)
-    return cpu_s() - before_s < 0.2 * IDLE_LOOK_S
-
-
 @pytest.mark.parametrize("after_chunks", [0, 3])
 def test_a_client_that_goes_away_stops_the_work_on_both_sides(
     bed: Testbed, after_chunks: int
@@ -254,7 +203,7 @@ def test_a_handoff_that_decode_never_takes_expires(bed: Testbed) -> None:
     before = expired(bed)
     record, _ = parity.prefill(bed, text_of(300, seed=18))
     assert record["num_tokens"] > 0
-    until(lambda: expired(bed) == before + 1, "the lease to end", LEASE_S + WAIT_S)
+    until(lambda: expired(bed) == before + 1, "the lease to end", LEASE_S + 30)
 
 
 def test_kv_of_another_prompt_of_the_same_length_is_never_used(bed: Testbed) -> None:
@@ -315,11 +264,6 @@ def test_many_handoffs_leave_nothing_behind(bed: Testbed) -> None:
     after = handles()
     assert all(after[name] <= before[name] + 4 for name in before), (before, after)
     assert bed.gateway_process().num_fds() <= gateway + 4
-
-
-def engine_processes(bed: Testbed, name: str) -> list[Any]:
-    """Return the processes that hold the model: the server's own tree without its front."""
-    return [p for p in bed.processes(name) if p.memory_info().rss > 300 << 20]
 
 
 def test_prefill_killed_during_a_prompt_is_computed_by_decode(bed: Testbed) -> None:
