@@ -44,7 +44,8 @@ class SglangDialect:
         Another engine's log-probability of that token is not taken over.
         """
         for key in ("logprobs", "top_logprobs"):
-            if body.get(key) not in (None, False):
+            value = body.get(key)
+            if value is not None and value is not False:
                 return f"{key} of a first token that another engine sampled"
         return None
 

@@ -12,8 +12,11 @@ from typing import Annotated
 
 import msgspec
 
-from disagg_plugins.errors import RemoteProtocolError
+from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.handoff.messages import MAX_RESULT_BYTES
+
+MAX_ROW_BYTES = MAX_RESULT_BYTES - 256
+"""Leaves room for the other fields and the framing of all."""
 
 
 class PrefillResult(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -29,7 +32,7 @@ class PrefillResult(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     first_token: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     cached_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     form: Annotated[str, msgspec.Meta(max_length=32)]
-    row: Annotated[bytes, msgspec.Meta(max_length=MAX_RESULT_BYTES - 256)]
+    row: Annotated[bytes, msgspec.Meta(max_length=MAX_ROW_BYTES)]
 
 
 def row_form(version: str, item_bytes: Sequence[int]) -> str:
@@ -39,7 +42,15 @@ def row_form(version: str, item_bytes: Sequence[int]) -> str:
 
 
 def pack_result(result: PrefillResult) -> bytes:
-    """Return the bytes that travel."""
+    """Return the bytes that travel.
+
+    Raises:
+        LocalProtocolError: The row is longer than a peer takes.
+    """
+    if len(result.row) > MAX_ROW_BYTES:
+        raise LocalProtocolError(
+            f"SGLang's metadata row of {len(result.row)} bytes is above {MAX_ROW_BYTES}"
+        )
     return msgspec.msgpack.encode(result)
 
 

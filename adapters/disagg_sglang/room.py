@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 PREFIX = "disagg1-"
 """Names the format. No host name of SGLang's own looks like it."""
 
-MAX_HOST_CHARS = 64 * 1024
-"""A worker of 256 ranks with long addresses stays below it."""
+MAX_HOST_CHARS = 128 * 1024
+"""A worker of 256 ranks takes 74 000: host id, a name for shm and an IPv6 address for each."""
 
 MAX_TICKET_CHARS = 1024
 
@@ -83,5 +83,5 @@ def unpack_room(host: str | None) -> Room:
     try:
         packed = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
         return msgspec.json.decode(packed, type=Room)
-    except (binascii.Error, ValueError, msgspec.DecodeError) as exc:
+    except (binascii.Error, ValueError, RecursionError, msgspec.DecodeError) as exc:
         raise RemoteProtocolError(f"bootstrap_host is malformed: {exc}") from exc

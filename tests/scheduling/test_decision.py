@@ -265,20 +265,20 @@ UNSPLITTABLE = replace(LONG, unsplittable="n > 1")
 
 
 def test_dependent_decode_workers_get_short_prompts_split_too(scheduler):
-    decision = scheduler().decide(SHORT, FleetView(dependent(TWO_BY_TWO)))
+    decision = scheduler().decide(SHORT, FleetView(dependent(TWO_BY_TWO), {}))
     assert isinstance(decision.route, Disaggregated)
     assert decision.reason == "d1 takes handed-over requests only"
 
 
 def test_what_is_not_split_goes_to_a_worker_that_serves_whole_requests(scheduler):
-    fleet = FleetView(dependent(workers(p="prefill", d="decode", b="both")))
+    fleet = FleetView(dependent(workers(p="prefill", d="decode", b="both")), {})
     made = scheduler()
     for profile in (SHORT, UNSPLITTABLE):
         assert made.decide(profile, fleet).route == Local(fleet.workers[2])
 
 
 def test_what_is_split_never_goes_to_a_worker_that_takes_no_handoffs(scheduler):
-    fleet = FleetView(dependent(workers(b="both", p="prefill", d="decode")))
+    fleet = FleetView(dependent(workers(b="both", p="prefill", d="decode")), {})
     made = scheduler()
     for _ in range(4):
         assert made.decide(LONG, fleet).route == Disaggregated(*fleet.workers[1:])
@@ -286,16 +286,16 @@ def test_what_is_split_never_goes_to_a_worker_that_takes_no_handoffs(scheduler):
 
 def test_an_unsplittable_request_without_such_a_worker_is_the_clients_error(scheduler):
     with pytest.raises(NoCapacityError, match="n > 1.*serves whole requests") as caught:
-        scheduler().decide(UNSPLITTABLE, FleetView(dependent(TWO_BY_TWO)))
+        scheduler().decide(UNSPLITTABLE, FleetView(dependent(TWO_BY_TWO), {}))
     assert caught.value.status == 400
 
 
 def test_dependent_decode_workers_without_prefill_fall_back_or_refuse(scheduler):
     fleet = dependent(workers(d="decode", b="both"))
     made = scheduler()
-    decision = made.decide(LONG, FleetView(fleet))
+    decision = made.decide(LONG, FleetView(fleet, {}))
     assert decision.route == Local(fleet[1])
     assert decision.reason == "no healthy prefill worker"
     with pytest.raises(NoCapacityError, match="no healthy prefill worker") as caught:
-        made.decide(LONG, FleetView(fleet[:1]))
+        made.decide(LONG, FleetView(fleet[:1], {}))
     assert caught.value.status == 503
