@@ -81,10 +81,18 @@ IDLE = WorkerLoad()
 
 @dataclass(frozen=True, slots=True)
 class FleetView:
-    """The workers of one deployment and their load, as the scheduler may see them."""
+    """The workers of one deployment and their load, as the scheduler may see them.
+
+    Attributes:
+        workers: In the policy's order.
+        loads: By name.
+        pair_problems: Why two workers cannot share a handoff, by the names of prefill and decode;
+            pairs that can are absent.
+    """
 
     workers: Sequence[Worker]
     loads: Mapping[str, WorkerLoad]
+    pair_problems: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def load(self, worker: Worker) -> WorkerLoad:
         """Return the load of ``worker``; an unknown worker is idle and healthy."""
@@ -93,6 +101,10 @@ class FleetView:
     def serving(self, role: Role) -> tuple[Worker, ...]:
         """Return the healthy workers that may do the work of ``role``."""
         return tuple(w for w in self.workers if w.role.serves(role) and self.load(w).healthy)
+
+    def pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
+        """Return why these two cannot share a handoff, or None; a worker fits itself."""
+        return self.pair_problems.get((prefill.name, decode.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +160,17 @@ Route = Local | Disaggregated
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A route and why it was chosen, in words for the per-request record."""
+    """A route and why it was chosen.
+
+    Attributes:
+        route: Where the request goes.
+        reason: In words, for the per-request record.
+        problem: What keeps workers from sharing a handoff, where that decided; or empty.
+    """
 
     route: Route
     reason: str
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from disagg_plugins import hookimpl
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from disagg_plugins.cli.checks import Check
     from disagg_plugins.gateway.dialect import Dialect
     from disagg_plugins.launch.interfaces import Launcher
 
@@ -30,6 +31,14 @@ def disagg_register_launchers() -> Sequence[Launcher]:
     from disagg_sglang.launcher import SglangLauncher
 
     return [SglangLauncher()]
+
+
+@hookimpl
+def disagg_register_checks() -> Sequence[Check]:
+    """Offer the questions that ``disagg doctor`` asks about SGLang."""
+    from disagg_sglang.checks import SglangCheck
+
+    return [SglangCheck()]
 
 
 def register() -> None:

@@ -166,10 +166,15 @@ class PageSink:
         if rest:
             raise HandoffAborted("-", f"token {first_token} is inside a page; nothing was written")
         pages = self._pages(first_block, layout.num_blocks(num_tokens))
-        start = layout.head_start
+        first, end = first_head - layout.head_start, end_head - layout.head_start
+        if not 0 <= first < end <= layout.num_kv_heads_local:
+            # As a slice such a range may be empty, and then nothing would be written, silently.
+            raise HandoffAborted(
+                "-", f"the peer sent heads [{first_head}, {end_head}), which are not this rank's"
+            )
         with self._lock:
             self._check_open()
-            self._pool.scatter_canonical(layer, pages, first_head - start, end_head - start, kv)
+            self._pool.scatter_canonical(layer, pages, first, end, kv)
 
     def _check_open(self) -> None:
         if self._closed:

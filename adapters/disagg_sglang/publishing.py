@@ -185,7 +185,11 @@ class PagePublisher:
         if publication is not None:
             self._store.failed(publication, reason)
             # The rows are let go once the copy that may be under way has stopped writing them.
-            self._copier.submit(publication.abort, reason)
+            try:
+                self._copier.submit(publication.abort, reason)
+            except RuntimeError:
+                # The copier was shut down (the server's role is switched): no copy is under way.
+                publication.abort(reason)
 
     def _fail(self, reason: str) -> None:
         self.state, self.reason = "failed", reason

@@ -24,6 +24,7 @@ from disagg_plugins.gateway.sse import (
     OUTPUT_SPACED,
     SseObserver,
     carries_output,
+    failed_at_once,
     read_answer,
 )
 from disagg_plugins.gateway.timeline import Timeline
@@ -287,6 +288,9 @@ class Exchange:
                 self._last = data
             else:
                 self._client.write(data)
+        elif self._sse is not None and (problem := failed_at_once(data)) is not None:
+            call.cancel()
+            self._do(self._flow.on(f.DecodeFailed("error_event", problem)))
         else:
             self._first = data
             self._do(self._flow.on(f.DecodeStarted()))

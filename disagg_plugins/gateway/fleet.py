@@ -77,7 +77,10 @@ class FleetState:
         self._unhealthy_after = unhealthy_after
         self._loads = {name: state.load() for name, state in self.states.items()}
         self._stale: set[str] = set()  # loads to be made anew when somebody looks
-        self._view = FleetView(workers, self._loads)
+        self._pair_problems: dict[tuple[str, str], str] = {}
+        self._view = FleetView(workers, self._loads, self._pair_problems)
+        for worker in workers:
+            self._match(worker)
 
     def view(self) -> FleetView:
         """Return the fleet as the scheduler sees it now; the next call brings it up to date."""
@@ -90,7 +93,7 @@ class FleetState:
         """Return the fleet with one worker taken out."""
         loads = dict(self.view().loads)
         loads[name] = WorkerLoad(healthy=False)
-        return FleetView(self.workers, loads)
+        return FleetView(self.workers, loads, self._pair_problems)
 
     def begin(self, name: str, prompt_tokens: int) -> None:
         """A request is given to a worker; ``prompt_tokens`` of its prompt are to be read."""
@@ -186,7 +189,19 @@ class FleetState:
         rank, endpoint = hello.get("tp_rank"), hello.get("endpoint")
         if isinstance(rank, int) and 0 <= rank < MAX_RANKS and isinstance(endpoint, dict):
             state.endpoints[rank] = endpoint
+        self._match(state.worker)
         return True
+
+    def _match(self, worker: Worker) -> None:
+        """Note whom this worker can share handoffs with."""
+        for other in self.workers:
+            for prefill, decode in ((worker, other), (other, worker)):
+                key = prefill.name, decode.name
+                self._pair_problems.pop(key, None)
+                if not _are_pair(prefill, decode):
+                    continue
+                if (problem := self._pair_problem(prefill, decode)) is not None:
+                    self._pair_problems[key] = problem
 
     def endpoints(self, name: str) -> tuple[Mapping[str, object], ...]:
         """Return where the ranks of a worker serve KV, in order; empty until all have said so."""
@@ -200,8 +215,7 @@ class FleetState:
         """Return how these two meet."""
         return pair_family(self.dialects[prefill.engine], self.dialects[decode.engine])
 
-    def pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
-        """Return why these two cannot share a handoff, or None."""
+    def _pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
         dialects = self.dialects.get(prefill.engine), self.dialects.get(decode.engine)
         if dialects[0] is None or dialects[1] is None:
             return "no dialect is installed for the engine of one of the two workers"
@@ -222,11 +236,7 @@ class FleetState:
 
     def problems(self) -> list[str]:
         """Return what keeps pairs from splitting, one line each, each once."""
-        able = [w for w in self.workers if w.handoffs]
-        prefills = [w for w in able if w.role.serves(Role.PREFILL)]
-        decodes = [w for w in able if w.role.serves(Role.DECODE)]
-        found = (self.pair_problem(p, d) for p in prefills for d in decodes if p is not d)
-        return list(dict.fromkeys(f for f in found if f is not None))
+        return list(dict.fromkeys(self._pair_problems.values()))
 
     def ready(self) -> dict[str, bool]:
         """Return for each role of the policy whether a healthy worker serves it."""
@@ -234,6 +244,17 @@ class FleetState:
             r for r in (Role.PREFILL,) for w in self.workers if w.role.serves(r)
         }
         return {str(role): bool(self.view().serving(role)) for role in sorted(roles)}
+
+
+def _are_pair(prefill: Worker, decode: Worker) -> bool:
+    """Return whether the policy means these two to share handoffs."""
+    return (
+        prefill.name != decode.name
+        and prefill.handoffs
+        and decode.handoffs
+        and prefill.role.serves(Role.PREFILL)
+        and decode.role.serves(Role.DECODE)
+    )
 
 
 def _differing(ours: object, theirs: object, key: str) -> str:

@@ -30,7 +30,7 @@ from disagg_plugins.gateway.wire import request_id, upstream_headers
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
 from disagg_plugins.telemetry.reports import report_key
-from disagg_plugins.types import Decision, Disaggregated, FleetView, Local, RequestProfile, Worker
+from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProfile, Worker
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef
@@ -295,14 +295,8 @@ class Gateway:
                 profile = replace(profile, unsplittable=why)
                 decision = self._scheduler.decide(profile, self.fleet.view())
                 route = decision.route
-        if isinstance(route, Disaggregated):
-            problem = self.fleet.pair_problem(route.prefill, route.decode)
-            if problem is not None and not route.decode.whole:
-                self._tell(problem)
-                raise NoCapacityError(f"the request cannot be split: {problem}", retry_after_s=1.0)
-            if problem is not None:
-                decision = Decision(Local(route.decode), f"split is off: {problem}")
-                self._tell(problem)
+        if decision.problem:
+            self._tell(decision.problem)
         return decision
 
     def _tell(self, problem: str) -> None:

@@ -110,6 +110,32 @@ def carries_output(data: bytes) -> bool:
     return OUTPUT in data or OUTPUT_SPACED in data
 
 
+def failed_at_once(data: bytes) -> str | None:
+    """Return the message of a stream that begins with the worker's failure, or None.
+
+    An engine that has answered 200 can tell only in an event that it failed. An error of the
+    client's (its code is 4xx) is no failure.
+    """
+    if carries_output(data) or b'"error"' not in data:
+        return None
+    for line in data.splitlines():
+        if line.startswith(b"data:"):
+            error = _error_field(line[5:])
+            code = error.get("code") if isinstance(error, dict) else None
+            if isinstance(code, int) and 400 <= code < 500:
+                return None
+            return _error(error)
+    return None
+
+
+def _error_field(data: bytes) -> object:
+    try:
+        event = _decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return event.get("error") if isinstance(event, dict) else None
+
+
 def _last_boundary(data: bytes) -> int:
     """Return where the last whole event ends; 0 when there is none."""
     lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")

@@ -92,12 +92,12 @@ class SocketChannel:
         self._wire.deadline_s = time.monotonic() + self._within_s
         self._wire.set_silence(min(self._policy.read_s, max(self._within_s, 0.001)))
         self._send(self._session.claim(peek_handoff_id(ticket), ticket, wait_s))
-        header = self._receive_header("an offer")
+        header = self._receive_header("offer")
         while header.type is FrameType.READY:
             if header.payload_bytes:
                 raise RemoteProtocolError("READY with rows before an offer")
-            header = self._receive_header("an offer")
-        self._offer = self._session.offer(self._receive_payload(header, "an offer"))
+            header = self._receive_header("offer")
+        self._offer = self._session.offer(self._receive_payload(header, "offer"))
         return self._offer
 
     def read(

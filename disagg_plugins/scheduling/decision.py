@@ -7,6 +7,7 @@ simulator decide with the same code.
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
@@ -67,18 +68,21 @@ class Scheduler:
             if whole is not None:
                 return Decision(Local(whole), split.reason)
             split = self._forced(profile, fleet, split, problem)
-        decode, problem = self._worker(profile, Role.DECODE, fleet, takes_handoffs)
+        pairs = Pairs(fleet)
+        decode, problem = self._worker(profile, Role.DECODE, fleet, pairs.has_prefill)
         prefill: Worker | None = None
         if decode is not None:
             prefill, problem = self._worker(
-                profile, Role.PREFILL, fleet, takes_handoffs, other=decode
+                profile, Role.PREFILL, fleet, partial(pairs.fit, decode=decode), other=decode
             )
         if decode is None or prefill is None:
+            problem = f"split is off: {pairs.problem}" if pairs.problem else problem
             if decode is None or not decode.whole:
-                decode, _ = self._worker(profile, Role.DECODE, fleet, serves_whole)
+                decode, why = self._worker(profile, Role.DECODE, fleet, serves_whole)
+                problem = problem if pairs.problem or fleet.serving(Role.DECODE) else why
             if decode is None:
                 raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S)
-            return Decision(Local(decode), problem)
+            return Decision(Local(decode), problem, pairs.problem)
         if prefill.name == decode.name:
             return Decision(
                 Local(decode), f"worker {decode.name!r} is the best choice for both phases"
@@ -173,6 +177,26 @@ def serves_whole(worker: Worker) -> bool:
     return worker.whole
 
 
-def takes_handoffs(worker: Worker) -> bool:
-    """Return whether a worker takes part in handoffs in its role."""
-    return worker.handoffs
+class Pairs:
+    """Which of a fleet's healthy workers can share a handoff.
+
+    Attributes:
+        problem: Why the last prefill worker that was looked at in vain did not fit; or empty.
+    """
+
+    def __init__(self, fleet: FleetView) -> None:
+        self._fleet = fleet
+        self._prefills = [w for w in fleet.serving(Role.PREFILL) if w.handoffs]
+        self.problem = ""
+
+    def fit(self, prefill: Worker, decode: Worker) -> bool:
+        """Return whether these two can share a handoff."""
+        problem = self._fleet.pair_problem(prefill, decode)
+        self.problem = problem or self.problem
+        return problem is None and prefill.handoffs
+
+    def has_prefill(self, decode: Worker) -> bool:
+        """Return whether some prefill worker can hand over to ``decode``."""
+        if not decode.handoffs:
+            return False
+        return not self._fleet.pair_problems or any(self.fit(p, decode) for p in self._prefills)

@@ -49,6 +49,7 @@ class Behaviour:
         garbage: Answer something that is not JSON (``body``) or not HTTP (``http``).
         no_params: A prefill answer without handoff parameters.
         no_done: End a stream without ``[DONE]``.
+        error_event: Begin a stream with an error event of this code.
         first_s: Wait before answering, in seconds.
         chunk_s: Wait between chunks, in seconds.
         tokens: Tokens of an answer; None: what the request bounds, 8 without a bound.
@@ -64,6 +65,7 @@ class Behaviour:
     garbage: Literal["body", "http"] | None = None
     no_params: bool = False
     no_done: bool = False
+    error_event: int | None = None
     first_s: float = 0.0
     chunk_s: float = 0.0
     tokens: int | None = None
@@ -379,6 +381,13 @@ class _Answer:
         self._to.transport.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n%b\r\n" % framing
         )
+        if (code := self.behaviour.error_event) is not None:
+            error = {"message": "the KV did not come", "code": code}
+            self._write(b"data: %b\n\n" % msgspec.json.encode({"error": error}))
+            self._write(b"data: [DONE]\n\n")
+            self._to.done()
+            self._to.transport.write(b"0\r\n\r\n")
+            return
         self._chunk()
 
     def _chunk(self) -> None:

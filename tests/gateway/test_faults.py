@@ -301,3 +301,29 @@ def completion(prompt: str, *, stream: bool = False, max_tokens: int = 4) -> byt
     ).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     return head + body
+
+
+def test_a_stream_that_begins_with_the_workers_failure_is_tried_elsewhere(build: Build) -> None:
+    stack = build(behaviours={"d0": Behaviour(error_event=500, times=1)})
+    status, body = stack.complete(stream=True)
+    assert status == 200
+    assert b"the KV did not come" not in body
+    assert body.endswith(b"data: [DONE]\n\n")
+    [record] = stack.records(1)
+    assert record["retries"] == 1
+    assert record["failures"][0]["kind"] == "error_event"  # type: ignore[index]
+
+
+def test_such_a_stream_without_another_try_is_an_error_and_not_an_answer(build: Build) -> None:
+    stack = build(behaviours={"d0": Behaviour(error_event=500)})
+    status, body = stack.complete(stream=True)
+    assert status == 502
+    assert b"the KV did not come" in body
+
+
+def test_a_stream_that_begins_with_the_clients_error_is_passed_on(build: Build) -> None:
+    stack = build(behaviours={"d0": Behaviour(error_event=400)})
+    status, body = stack.complete(stream=True)
+    assert status == 200
+    assert b"the KV did not come" in body
+    assert stack.engines["d0"].seen.requests == 1

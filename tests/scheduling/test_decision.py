@@ -299,3 +299,26 @@ def test_dependent_decode_workers_without_prefill_fall_back_or_refuse(scheduler)
     with pytest.raises(NoCapacityError, match="no healthy prefill worker") as caught:
         made.decide(LONG, FleetView(fleet[:1], {}))
     assert caught.value.status == 503
+
+
+def test_workers_that_cannot_share_a_handoff_are_never_paired(scheduler):
+    problems = {("p1", "d1"): "other model", ("p2", "d2"): "other model"}
+    fleet, made = FleetView(TWO_BY_TWO, {}, problems), scheduler()
+    pairs = {names(made.decide(LONG, fleet)) for _ in range(8)}
+    assert pairs == {("p1", "d2"), ("p2", "d1")}
+
+
+def test_a_decode_worker_without_a_fitting_prefill_worker_is_passed_over(scheduler):
+    fleet = FleetView(TWO_BY_TWO, {}, {(p, "d1"): "other model" for p in ("p1", "p2")})
+    made = scheduler()
+    assert {names(made.decide(LONG, fleet))[1] for _ in range(4)} == {"d2"}
+
+
+def test_the_reason_is_told_when_no_pair_fits(scheduler):
+    problems = {(p, d): f"{p} is not {d}" for p in ("p1", "p2") for d in ("d1", "d2")}
+    decision = scheduler().decide(LONG, FleetView(TWO_BY_TWO, {}, problems))
+    assert isinstance(decision.route, Local)
+    assert decision.reason.startswith("split is off: p")
+    assert decision.problem in problems.values()
+    with pytest.raises(NoCapacityError, match="split is off: p"):
+        scheduler().decide(LONG, FleetView(dependent(TWO_BY_TWO), {}, problems))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from disagg_plugins.errors import RemoteProtocolError
@@ -169,11 +167,3 @@ def test_two_sglang_workers_meet_at_once_and_two_engines_by_relay() -> None:
     assert pair_family(sglang, sglang) == "rendezvous"
     assert pair_family(sglang, other) == pair_family(other, sglang) == "relay"
     assert not tells_endpoints(sglang, other), "SGLang's endpoints come with its hello"
-
-
-def test_endpoints_of_the_handoff_are_copied() -> None:
-    endpoint = dict(ENDPOINT)
-    ref = replace(REF, endpoints=(endpoint,))
-    before = SglangDialect().decode_body(BODY, ref, None)
-    endpoint["host_id"] = "changed"
-    assert room_of(before).endpoints == [ENDPOINT]

