@@ -47,7 +47,7 @@ UV_READY := $(if $(UV_ON_PATH),,$(TOOLS)/bin/uv)
 
 PACKAGE_FILES := pyproject.toml disagg_plugins/__init__.py
 
-.PHONY: help dev vllm sglang model model-tests lint test-quick test test-engine test-wheel demo bench bench-name clean python
+.PHONY: help dev vllm sglang model model-tests lint test-quick test test-engine test-vllm test-sglang test-wheel demo bench bench-name clean python
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -159,15 +159,24 @@ test-wheel: $(UV_READY) | python ## Build the wheel from the sdist, install it a
 	cd $(VENVS)/wheel/disagg_plugins-*/ && rm -r disagg_plugins adapters connectors && \
 	  ../venv/bin/python -m pytest -q -n $(JOBS) -m "not engine" -o pythonpath=. $(WHEEL_TESTS)
 
-test-engine: vllm model-tests ## Run the tests that need a real engine.
-	$(VLLM)/bin/python -m pytest -q -m engine
+test-vllm: vllm model-tests ## Run the tests that need a real vLLM.
+	$(VLLM)/bin/python -m pytest -q -m engine --ignore tests/engines/sglang
+
+test-sglang: sglang vllm model-tests ## Run the tests that need a real SGLang; some need vLLM beside it.
+	SGLANG_USE_CPU_ENGINE=1 PYTHONPATH=tests/engines/sglang/cpu_kernels \
+	  $(SGLANG)/bin/python -m pytest -q tests/engines/sglang/test_names.py tests/adapters/sglang/test_pools.py
+	$(VLLM)/bin/python -m pytest -q -m engine tests/engines/sglang
+
+test-engine: test-vllm test-sglang ## Run the tests that need a real engine.
 
 test: test-quick test-wheel test-engine ## Run every test, the real-engine suite included.
 
 # --- use --------------------------------------------------------------------------------------
 
-demo: model ## Split a real model over two real vLLM workers and compare with one: writes demo.json.
-	$(VLLM)/bin/python tests/demo.py --model $(MODEL) --out demo.json
+ENGINE := vllm
+
+demo: model $(if $(filter vllm,$(ENGINE)),,sglang) ## Split a real model over two real workers and compare with one: make demo [ENGINE=vllm|sglang|mixed], writes demo.json.
+	$(VLLM)/bin/python tests/demo.py --engine $(ENGINE) --model $(MODEL) --out demo.json
 
 BENCHMARKS := handoff gateway parity interference memory
 BENCH_IN_VLLM := $(filter parity interference memory,$(NAME))

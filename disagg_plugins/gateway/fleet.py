@@ -7,6 +7,7 @@ fleet stays out, with the reason told.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +18,7 @@ MAX_KINDS = 64
 """Distinct failure kinds remembered a worker; they come from the gateway's own short list and
 HTTP status codes."""
 
-NOT_SICK = frozenset({"http_404", "http_408", "http_429", "no_handoff"})
+NOT_SICK = re.compile(r"http_4\d\d|no_handoff")
 """Failures that a worker with sound health answers: they are counted, but it stays in."""
 
 
@@ -127,7 +128,7 @@ class FleetState:
         if kind in state.failed or len(state.failed) < MAX_KINDS:
             state.failed[kind] = state.failed.get(kind, 0) + 1
         state.last_problem = f"{kind}: {detail}"
-        if kind not in NOT_SICK:
+        if not NOT_SICK.fullmatch(kind):
             self._failure(state, kind, detail)
 
     def probe_failed(self, name: str, kind: str, detail: str) -> None:

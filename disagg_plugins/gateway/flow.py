@@ -242,7 +242,15 @@ class Flow:
         fell_back: Why the handoff was given up, or None.
     """
 
-    __slots__ = ("_last_failure", "_prefill_open", "fell_back", "handoff", "retries", "state")
+    __slots__ = (
+        "_last_failure",
+        "_prefill_open",
+        "_rejected",
+        "fell_back",
+        "handoff",
+        "retries",
+        "state",
+    )
 
     def __init__(self) -> None:
         self.state = State.NEW
@@ -251,6 +259,7 @@ class Flow:
         self.fell_back: str | None = None
         self._prefill_open = False
         self._last_failure = DecodeFailed("none", "")
+        self._rejected = False  # the last decode call, as the client's mistake
 
     def on(self, event: Event) -> list[Command]:
         """Take an event; return what to do, in order.
@@ -333,6 +342,7 @@ class Flow:
         theirs = status >= 500 or status in NOT_THE_CLIENTS_FAULT
         kind, detail = f"http_{status}", f"the decode worker answered {status}"
         self._last_failure = DecodeFailed(kind, detail)
+        self._rejected = not theirs
         if self.retries == 0 and (self.handoff or theirs):
             return self._retry(kind, detail, elsewhere=theirs, else_same=self.handoff)
         self.state = State.DONE
@@ -368,6 +378,8 @@ class Flow:
 
     def _no_worker(self, event: Event) -> list[Command]:
         self.state = State.DONE
+        if self._rejected:
+            return [AnswerVerbatim("decode"), Finish("rejected")]
         return [self._error(), Finish("error")]
 
     def _broken(self, event: Event) -> list[Command]:

@@ -25,7 +25,10 @@ class Cancellation:
         return bool(self._reason)
 
     def cancel(self, reason: str) -> None:
-        """End the load; it raises soon. Nothing happens after it has ended; idempotent."""
+        """End the load; it raises soon, and within ``connect_s`` while it connects.
+
+        Nothing happens after it has ended; idempotent.
+        """
         with self._lock:
             self._reason = self._reason or reason or "cancelled"
             for channel in self._channels:
@@ -37,6 +40,11 @@ class Cancellation:
             self._channels.append(channel)
             if self._reason:
                 channel.shut()
+
+    def forget(self, channel: Channel) -> None:
+        """Leave ``channel`` alone: it is about to be closed, and its descriptor used anew."""
+        with self._lock:
+            self._channels = [c for c in self._channels if c is not channel]
 
     def ended(self) -> None:
         """The load has ended: its channels belong to others now."""

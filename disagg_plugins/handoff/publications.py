@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import HandoffAborted, LocalProtocolError, StagingFull
+from disagg_plugins.handoff.messages import MAX_RESULT_BYTES
 from disagg_plugins.handoff.shards import readers_of
 from disagg_plugins.handoff.staging import ArenaFull, StagingArena
 from disagg_plugins.handoff.state import HandoffState
@@ -103,9 +104,7 @@ class Publication:
         self._layers_left = layout.num_layers
         self.progress = 0
         self.end_told = False
-        self.result = b""
-        """What the engine leaves beside the KV: told to readers with the end of their load. Set it
-        before the last row is published; at most ``messages.MAX_RESULT_BYTES``."""
+        self._result = b""
 
     def __repr__(self) -> str:
         return f"<Publication {self.state!r} ready={self._ready}>"
@@ -119,6 +118,26 @@ class Publication:
     def complete(self) -> bool:
         """Whether every row has been published."""
         return self._layers_left == 0
+
+    @property
+    def result(self) -> bytes:
+        """What the engine leaves beside the KV: told to readers with the end of their load.
+
+        Set it before the last row is published.
+
+        Raises:
+            LocalProtocolError: On setting more than ``messages.MAX_RESULT_BYTES``.
+        """
+        return self._result
+
+    @result.setter
+    def result(self, result: bytes) -> None:
+        if len(result) > MAX_RESULT_BYTES:
+            raise LocalProtocolError(
+                f"handoff {self.handoff_id}: a result of {len(result)} bytes beside the KV, "
+                f"at most {MAX_RESULT_BYTES} are told to readers"
+            )
+        self._result = result
 
     def rows(self, layer: int) -> npt.NDArray[np.uint8]:
         """Return the writable rows of one layer: uint8, shape ``(num_blocks, row_bytes)``.

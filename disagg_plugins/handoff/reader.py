@@ -125,6 +125,7 @@ class HandoffReader:
             cancellation: Ends the load from another thread.
 
         Raises:
+            HandoffAborted: It was cancelled, or the publisher has ended or never opened it.
             DisaggError: Whatever went wrong; nothing that was written may be used.
         """
         started_s = time.monotonic() if started_s is None else started_s
@@ -138,12 +139,7 @@ class HandoffReader:
         if cancellation is not None:
             load.cancellation = cancellation
         try:
-            for source in self._sources(endpoints):
-                load.check_time()
-                endpoint = endpoints[source.tp_rank]
-                claim = _Claim(ticket, load.deadline_s, wait_s, load.cancellation)
-                load.add(self._claim(source, endpoint, claim, end_token - first_token))
-            load.read_all()
+            self._load(load, endpoints, wait_s)
             load.cancellation.ended()
         except BaseException as exc:
             load.cancellation.ended()
@@ -186,6 +182,19 @@ class HandoffReader:
         """Close the idle channels; loads that still run close theirs when they end."""
         self._pool.close()
 
+    def _load(self, load: Load, endpoints: Sequence[Endpoint], wait_s: float) -> None:
+        """Claim at every rank that holds some of the heads, then read everything."""
+        claim = _Claim(load.ticket, load.deadline_s, wait_s, load.cancellation)
+        try:
+            for source in self._sources(endpoints):
+                load.check_time()
+                endpoint = endpoints[source.tp_rank]
+                load.add(self._claim(source, endpoint, claim, load.end_token - load.first_token))
+            load.read_all()
+        except TransportError:
+            load.cancellation.check(load.handoff_id)  # channels that it shut only look lost
+            raise
+
     def _report(self, load: Load) -> LoadReport:
         report = LoadReport(
             HandoffId(load.handoff_id),
@@ -226,7 +235,8 @@ class HandoffReader:
                 try:
                     return self._claim_on(kept, key, source, claim)
                 except TransportError as exc:
-                    claim.cancellation.check("-")
+                    if claim.cancellation.cancelled:
+                        raise
                     logger.info("a kept channel was dead, connecting anew: %s", str(exc))
             try:
                 channel = self._transports[name].connect(
@@ -249,6 +259,7 @@ class HandoffReader:
             within_s = claim.deadline_s - time.monotonic()
             offer = channel.claim(claim.ticket, within_s=within_s, wait_s=claim.wait_s)
         except BaseException:
+            claim.cancellation.forget(channel)
             channel.close()
             raise
         return Part(source, channel, key, offer)

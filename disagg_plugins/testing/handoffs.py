@@ -29,6 +29,7 @@ from disagg_plugins.policy import HandoffPolicy
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from disagg_plugins.handoff.cancellation import Cancellation
     from disagg_plugins.handoff.interfaces import Listener, Transport, Unpack
 
 SECRET = b"a secret for tests, 32 bytes long"
@@ -185,9 +186,11 @@ class World:
         """The store of rank 0."""
         return self.stores[0]
 
-    def open(self, num_tokens: int = 40, *, publish: bool = True) -> Opened:
+    def open(
+        self, num_tokens: int = 40, *, publish: bool = True, handoff_id: str | None = None
+    ) -> Opened:
         """Open a handoff of random rows on every rank."""
-        handoff_id = new_handoff_id()
+        handoff_id = handoff_id or new_handoff_id()
         ticket = self.ticket(handoff_id)
         publications, all_rows = [], []
         for store in self.stores:
@@ -240,6 +243,7 @@ class World:
         first_token: int = 0,
         end_token: int = 40,
         ticket: str | None = None,
+        cancellation: Cancellation | None = None,
     ) -> LoadReport:
         """Load tokens of a handoff."""
         return (reader or self.reader()).load(
@@ -249,6 +253,7 @@ class World:
             first_token=first_token,
             end_token=end_token,
             sink=sink,
+            cancellation=cancellation,
         )
 
     def outcomes(self) -> dict[str, int]:

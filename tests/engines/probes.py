@@ -45,11 +45,15 @@ def post(url: str, path: str, body: dict[str, Any], request_id: str = "") -> tup
         return error.code, json.load(error)
 
 
+def status(bed: Testbed) -> dict[str, Any]:
+    """Return what the gateway knows of its fleet."""
+    with urllib.request.urlopen(f"{bed.gateway_url}/internal/status", timeout=10) as answer:
+        return json.load(answer)
+
+
 def in_flight(bed: Testbed, name: str) -> int:
     """Return the requests that the gateway has with a worker."""
-    with urllib.request.urlopen(f"{bed.gateway_url}/internal/status", timeout=10) as answer:
-        workers = json.load(answer)["workers"]
-    return next(int(w["requests"]) for w in workers if w["name"] == name)
+    return next(int(w["requests"]) for w in status(bed)["workers"] if w["name"] == name)
 
 
 def idle(bed: Testbed, names: Sequence[str] = ("prefill", "decode")) -> bool:

@@ -271,6 +271,39 @@ def test_rendezvous_decode_failure_cancels_prefill() -> None:
     )
 
 
+def test_rendezvous_decode_4xx_that_nobody_else_can_try_is_the_clients() -> None:
+    (
+        rendezvous()
+        .on(DecodeRejected(400))
+        .expect(
+            Note("decode", "http_400", "the decode worker answered 400"),
+            Cancel("decode"),
+            Cancel("prefill"),
+            SendLocal(elsewhere=False, else_same=True),
+        )
+        .on(NoWorker())
+        .expect(AnswerVerbatim("decode"), Finish("rejected"))
+    )
+
+
+def test_rendezvous_decode_429_that_nobody_else_can_try_is_an_error() -> None:
+    (
+        rendezvous()
+        .on(DecodeRejected(429))
+        .expect(
+            Note("decode", "http_429", "the decode worker answered 429"),
+            Cancel("decode"),
+            Cancel("prefill"),
+            SendLocal(elsewhere=True, else_same=True),
+        )
+        .on(NoWorker())
+        .expect(
+            AnswerError(502, "no worker could answer: the decode worker answered 429", "http_429"),
+            Finish("error"),
+        )
+    )
+
+
 def test_rendezvous_prefill_failure_after_decode_began_is_only_noted() -> None:
     (
         rendezvous()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import pytest
 
 from disagg_plugins import hookimpl
 from disagg_plugins.errors import LocalProtocolError
@@ -52,10 +54,16 @@ class RoomPlugin:
         return [self.dialect]
 
 
-def introduce(stack: Stack, worker: str = "p0", ranks: int = 1) -> Stack:
-    """Let a worker's ranks say where they serve KV, as its adapter does when it starts."""
+def introduce(
+    stack: Stack, worker: str = "p0", ranks: int = 1, heard: Sequence[int] | None = None
+) -> Stack:
+    """Let a worker's ranks say where they serve KV, as its adapter does when it starts.
+
+    ``heard`` names those of the ``ranks`` that do; all if None.
+    """
     reporter = Reporter(f"http://127.0.0.1:{stack.port}", SECRET, worker)
-    for rank in range(ranks):
+    heard = range(ranks) if heard is None else heard
+    for rank in heard:
         reporter.send(
             {
                 "kind": "hello",
@@ -65,8 +73,8 @@ def introduce(stack: Stack, worker: str = "p0", ranks: int = 1) -> Stack:
                 "endpoint": {"tp_rank": rank, "tp_size": ranks},
             }
         )
-    fleet = stack.gateway.fleet
-    eventually(lambda: len(fleet.endpoints(worker)) == ranks, "the worker introduced itself")
+    state = stack.gateway.fleet.states[worker]
+    eventually(lambda: state.endpoints.keys() >= set(heard), "the worker introduced itself")
     reporter.close()
     return stack
 
@@ -145,6 +153,25 @@ def test_without_an_introduction_a_dependent_decode_worker_is_not_asked(build: B
     assert stack.engines["d0"].seen.requests == 0
 
 
+def test_without_an_introduction_another_worker_serves_what_a_dependent_one_cannot(
+    build: Build,
+) -> None:
+    stack = build(dialects=RoomPlugin(DependentDialect()), p0="prefill", d0="decode", b0="both")
+    assert stack.complete()[0] == 200
+    [record] = stack.records(1)
+    assert (record["route"], record["decode"]) == ("local", "b0")
+    assert "p0 has not said yet where it serves KV" in str(record["why"])
+
+
+def test_a_worker_is_introduced_when_its_last_rank_is(build: Build) -> None:
+    stack = introduce(build(dialects=RoomPlugin()), ranks=2, heard=[1])
+    stack.complete()
+    introduce(stack, ranks=2, heard=[0])
+    stack.complete()
+    first, second = stack.records(2)
+    assert (first["route"], second["route"]) == ("local", "disaggregated")
+
+
 def test_a_dependent_decode_worker_gets_short_prompts_handed_over_too(build: Build) -> None:
     stack = introduce(build(dialects=RoomPlugin(DependentDialect())))
     assert stack.complete("hi")[0] == 200
@@ -167,6 +194,68 @@ def test_prefill_failure_with_a_dependent_decode_worker_reaches_the_client(build
     eventually(lambda: stack.engines["d0"].seen.aborted == 1, "the waiting decode was cancelled")
 
 
+def test_a_silent_prefill_worker_with_a_dependent_decode_worker_reaches_the_client(
+    build: Build,
+) -> None:
+    hang = {"p0": Behaviour(hang="head"), "d0": Behaviour(hang="head")}
+    dialects = RoomPlugin(DependentDialect())
+    stack = introduce(build(dialects=dialects, behaviours=hang, gateway={"prefill_s": 0.2}))
+    status, body = stack.complete()
+    assert status == 504
+    assert b"gateway.prefill_s" in body
+    stack.wait_idle()
+    for name in ("p0", "d0"):
+        seen = stack.engines[name].seen
+        eventually(lambda seen=seen: seen.aborted == 1, f"{name} sees the abort")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_decode_failure_of_a_dependent_worker_reaches_the_client(
+    build: Build, streamed: bool
+) -> None:
+    stack = introduce(
+        build(
+            dialects=RoomPlugin(DependentDialect()),
+            behaviours={"p0": Behaviour(hang="head"), "d0": Behaviour(status=500)},
+        )
+    )
+    assert stack.complete(stream=streamed)[0] == 502
+    stack.wait_idle()
+    assert stack.engines["d0"].seen.requests == 1
+    eventually(lambda: stack.engines["p0"].seen.aborted == 1, "prefill was cancelled")
+
+
+def test_what_a_dependent_decode_worker_rejects_is_told_in_its_own_words(build: Build) -> None:
+    stack = introduce(
+        build(
+            dialects=RoomPlugin(DependentDialect()),
+            behaviours={"p0": Behaviour(hang="head"), "d0": Behaviour(status=400)},
+            gateway={"unhealthy_after": 1, "probe_s": 30},
+        )
+    )
+    status, body = stack.complete()
+    assert status == 400
+    assert b"no worker could answer" not in body
+    stack.wait_idle()
+    assert stack.gateway.fleet.states["d0"].healthy
+    eventually(lambda: stack.engines["p0"].seen.aborted == 1, "prefill was cancelled")
+
+
+@pytest.mark.parametrize("dialect", [RoomDialect, DependentDialect])
+def test_what_the_prefill_worker_rejects_is_the_clients_error(
+    build: Build, dialect: type[RoomDialect]
+) -> None:
+    stack = introduce(
+        build(
+            dialects=RoomPlugin(dialect()),
+            behaviours={"p0": Behaviour(status=400), "d0": Behaviour(hang="head")},
+        )
+    )
+    assert stack.complete()[0] == 400
+    stack.wait_idle()
+    eventually(lambda: stack.engines["d0"].seen.aborted == 1, "the waiting decode was cancelled")
+
+
 def test_prefill_failure_goes_to_a_worker_that_serves_whole_requests(build: Build) -> None:
     stack = introduce(
         build(
@@ -183,6 +272,23 @@ def test_prefill_failure_goes_to_a_worker_that_serves_whole_requests(build: Buil
     assert record["retries"] == 0
     assert stack.engines["b0"].seen.requests == 1
     stack.gateway.fleet.end("b0", 10_000)
+
+
+def test_decode_failure_goes_to_a_worker_that_serves_whole_requests(build: Build) -> None:
+    stack = introduce(
+        build(
+            dialects=RoomPlugin(DependentDialect()),
+            behaviours={"p0": Behaviour(hang="head"), "d0": Behaviour(close="head")},
+            p0="prefill",
+            d0="decode",
+            b0="both",
+        )
+    )
+    assert stack.complete()[0] == 200
+    stack.wait_idle()
+    [record] = stack.records(1)
+    assert (record["decode"], record["retries"]) == ("b0", 1)
+    eventually(lambda: stack.engines["p0"].seen.aborted == 1, "prefill was cancelled")
 
 
 def test_an_unsplittable_request_needs_a_worker_that_serves_whole_requests(build: Build) -> None:

@@ -221,6 +221,27 @@ def test_keepalives_do_not_move_the_deadline(connect: Callable[..., SocketChanne
     assert time.monotonic() - started_s < 1.5
 
 
+def test_an_offer_may_come_after_words_of_life(connect: Callable[..., SocketChannel]) -> None:
+    waits_s: list[float] = []
+
+    def script(publisher: FakePublisher) -> None:
+        publisher.shake()
+        waits_s.append(publisher.session.claim(publisher.receive()).wait_s)
+        for _ in range(12):
+            publisher.released.wait(0.05)  # in all longer than read_s
+            publisher.wire.send(pack_frame(FrameType.READY, b""))
+        publisher.wire.send(publisher.session.offer(40))
+        publisher.stall()
+
+    assert connect(script, read_s=0.5, load_s=5).claim("ticket", wait_s=4).num_tokens == 40
+    assert waits_s == [4]
+
+
+def test_rows_before_an_offer(connect: Callable[..., SocketChannel]) -> None:
+    with pytest.raises(RemoteProtocolError, match="rows before an offer"):
+        load(connect(lie(ready(0, 0, LAYER_BYTES), after="shake")))
+
+
 def test_the_publishers_word_decides(connect: Callable[..., SocketChannel]) -> None:
     def script(publisher: FakePublisher) -> None:
         publisher.rows()

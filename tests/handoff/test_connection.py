@@ -17,6 +17,7 @@ from disagg_plugins.errors import HandoffAborted, RemoteProtocolError, Transport
 from disagg_plugins.handoff.frames import FrameType, pack_frame, pack_header
 from disagg_plugins.handoff.messages import End, Read, encode
 from disagg_plugins.handoff.protocol import ClientSession
+from disagg_plugins.handoff.tickets import new_handoff_id
 from disagg_plugins.handoff.wire import PeerGone, Wire
 from disagg_plugins.testing.handoffs import (
     SECRET,
@@ -150,6 +151,29 @@ def test_reading_after_the_end_says_why(world: World) -> None:
     with pytest.raises(HandoffAborted, match="preempted"):
         peer.receive()
     peer.wire.close()
+
+
+def test_a_waiting_claim_is_told_that_the_publisher_lives(world: World) -> None:
+    handoff_id, peer = new_handoff_id(), RawPeer(world)
+    peer.wire.send(peer.session.claim(handoff_id, world.ticket(handoff_id), WAIT_S))
+    for _ in range(5):  # four within read_s
+        header = peer.session.expect(peer.wire.receive_header())
+        assert (header.type, header.payload_bytes) == (FrameType.READY, 0)
+    world.open(handoff_id=handoff_id)
+    header = peer.session.expect(peer.wire.receive_header())
+    while header.type is FrameType.READY:
+        header = peer.session.expect(peer.wire.receive_header())
+    offer = peer.session.offer(peer.wire.receive_payload(header.payload_bytes))
+    assert offer.num_tokens == 40
+    peer.wire.close()
+
+
+def test_a_peer_that_leaves_while_waiting_is_let_go(world: World) -> None:
+    handoff_id, peer = new_handoff_id(), RawPeer(world)
+    peer.wire.send(peer.session.claim(handoff_id, world.ticket(handoff_id), 3600))
+    peer.wire.close()
+    wait_until(lambda: world.listeners[0].num_connections == 0, "the end of the connection")
+    world.load(world.open(handoff_id=handoff_id), RecordingSink())
 
 
 def test_mutated_frames_of_an_authenticated_peer(world: World) -> None:

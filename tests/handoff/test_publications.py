@@ -15,6 +15,7 @@ from disagg_plugins.errors import (
     LocalProtocolError,
     StagingFull,
 )
+from disagg_plugins.handoff.messages import MAX_RESULT_BYTES
 from disagg_plugins.handoff.publications import Publication, PublicationStore
 from disagg_plugins.handoff.staging import StagingArena
 from disagg_plugins.handoff.tickets import Ticket, new_handoff_id
@@ -121,6 +122,14 @@ def test_expired_ticket_opens_nothing(store: PublicationStore) -> None:
     with pytest.raises(AuthenticationError, match="expired"):
         store.open(ticket(valid_s=-1), 40)
     assert store.arena.used_bytes == 0
+
+
+def test_a_result_that_no_reader_would_take_is_refused(store: PublicationStore) -> None:
+    publication = store.open(ticket(), 40)
+    publication.result = bytes(MAX_RESULT_BYTES)
+    with pytest.raises(LocalProtocolError, match=f"{MAX_RESULT_BYTES + 1} .*{MAX_RESULT_BYTES} "):
+        publication.result = bytes(MAX_RESULT_BYTES + 1)
+    assert len(publication.result) == MAX_RESULT_BYTES
 
 
 @pytest.mark.parametrize(("layer", "end_block"), [(-1, 1), (LAYERS, 1), (0, 4), (0, -1)])

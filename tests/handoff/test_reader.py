@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,21 +14,28 @@ import pytest
 from disagg_kv_shm import ShmTransport
 from disagg_kv_tcp import TcpTransport
 from disagg_plugins.errors import (
+    HandoffAborted,
     HandoffTimeout,
     LocalProtocolError,
     RemoteProtocolError,
     TransportError,
 )
 from disagg_plugins.handoff.interfaces import Endpoint
+from disagg_plugins.handoff.messages import MAX_RESULT_BYTES
 from disagg_plugins.handoff.reader import HandoffReader
+from disagg_plugins.handoff.tickets import new_handoff_id
 from disagg_plugins.testing.handoffs import (
+    LAYERS,
     SECRET,
+    WAIT_S,
+    Opened,
     RecordingSink,
     World,
     quick_policy,
     rank_identity,
     wait_until,
 )
+from tests.handoff.harness import EarlyLoad
 
 if TYPE_CHECKING:
     from disagg_plugins.types import HandoffEvent, HandoffPair
@@ -36,6 +46,12 @@ def world():  # noqa: ANN201
     world = World({"shm": ShmTransport(), "tcp": TcpTransport()})
     yield world
     world.close()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
 
 
 def test_first_transport_of_the_policy_is_used(world: World) -> None:
@@ -139,6 +155,90 @@ def test_release_with_a_reason_fails_it(world: World) -> None:
         opened.handoff_id, opened.ticket, world.endpoints, failed="aborted by the client"
     )
     assert world.outcomes() == {"failed": 1}
+
+
+def test_a_handoff_opened_after_its_claim_is_loaded(world: World, pool: ThreadPoolExecutor) -> None:
+    early = EarlyLoad(world, pool)
+    opened = world.open(handoff_id=early.handoff_id)
+    assert early.result().num_tokens == 40
+    for layer in range(LAYERS):
+        assert early.sink.layer(layer) == opened.rows[0][layer].tobytes()
+    assert world.outcomes() == {"consumed": 1}
+
+
+def test_every_rank_is_waited_for() -> None:
+    world = World({"tcp": TcpTransport()}, prefill_size=2)
+    with ThreadPoolExecutor(1) as pool:
+        early = EarlyLoad(world, pool)
+        opened = world.open(handoff_id=early.handoff_id)
+        early.result()
+    for rank, store in enumerate(world.stores):
+        kv = opened.canonical(store, rank, 1, 0, 40)
+        assert early.sink.canonical[1, 0, store.identity.layout.head_start] == kv
+    world.close()
+
+
+def test_a_handoff_that_is_never_opened_is_named(world: World, pool: ThreadPoolExecutor) -> None:
+    early = EarlyLoad(world, pool, wait_s=0.2)
+    with pytest.raises(HandoffAborted, match="never opened here") as caught:
+        early.result()
+    assert caught.value.handoff_id == early.handoff_id
+
+
+def test_waiting_longer_than_the_bound_on_silence() -> None:
+    world = World({"tcp": TcpTransport()}, policy=quick_policy(read_s=0.5))
+    with ThreadPoolExecutor(1) as pool:
+        early = EarlyLoad(world, pool, wait_s=1.2)
+        with pytest.raises(HandoffAborted, match="never opened here"):
+            early.result()
+    world.close()
+
+
+def test_waiting_does_not_use_up_the_time_of_the_load() -> None:
+    world = World({"tcp": TcpTransport()}, policy=quick_policy(load_s=0.5))
+    with ThreadPoolExecutor(1) as pool:
+        early = EarlyLoad(world, pool, wait_s=WAIT_S)
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: False, "nothing", within_s=0.6)
+        world.open(handoff_id=early.handoff_id)
+        early.result()
+    world.close()
+
+
+def test_a_publisher_that_closes_ends_the_waiting(world: World, pool: ThreadPoolExecutor) -> None:
+    early = EarlyLoad(world, pool)
+    for listener in world.listeners:
+        listener.close()
+    with pytest.raises(TransportError):
+        early.result()
+
+
+def test_a_store_that_closes_ends_the_waiting(world: World, pool: ThreadPoolExecutor) -> None:
+    early = EarlyLoad(world, pool)
+    world.store.close()
+    with pytest.raises(HandoffAborted, match="unknown"):
+        early.result()
+
+
+def test_without_waiting_a_claim_of_an_unopened_handoff_fails(world: World) -> None:
+    handoff_id = new_handoff_id()
+    opened = Opened(handoff_id, world.ticket(handoff_id), [], [])
+    with pytest.raises(HandoffAborted, match="never opened here"):
+        world.load(opened, RecordingSink())
+
+
+@pytest.mark.parametrize("result", [b"", b"first token 17", bytes(MAX_RESULT_BYTES)])
+@pytest.mark.parametrize("name", ["shm", "tcp"])
+def test_what_the_engine_leaves_beside_the_kv_is_reported(
+    world: World, name: str, result: bytes
+) -> None:
+    address = {name: world.endpoints[0].addresses[name]}
+    world.endpoints = [replace(world.endpoints[0], addresses=address)]
+    opened = world.open(publish=False)
+    opened.publish([0, 1])
+    opened.publications[0].result = result
+    opened.publish([2])
+    assert world.load(opened, RecordingSink()).result == result
 
 
 def test_steps_are_told(world: World) -> None:

@@ -13,10 +13,6 @@ import json
 import os
 import signal
 import time
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,41 +23,19 @@ from disagg_sglang.room import Room, pack_room
 from tests import parity
 from tests.corpus import prompts
 from tests.engines.client import Completion, complete
-from tests.engines.probes import engine_processes, idle, in_flight, metric, post, until
-from tests.engines.testbed import MODEL_NAME, Server, Testbed, free_ports
+from tests.engines.probes import engine_processes, idle, in_flight, metric, post, status, until
+from tests.engines.sglang_bed import LEASE_S, select
+from tests.engines.testbed import MODEL_NAME, Testbed, free_ports
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-MODEL = Path(__file__).resolve().parents[3] / ".models" / "SmolLM2-135M-Instruct"
-FLAGS = ("--dtype", "float32", "--context-length", "2048", "--enable-metrics")
-CHUNK_TOKENS = 256
-LEASE_S = 6.0
 BYTES_A_TOKEN = 2 * 30 * 3 * 64 * 4
 """K and V, 30 layers, 3 KV heads of 64 elements of 4 bytes."""
 
-SERVERS = (
-    Server("prefill", "prefill", (0,), ("--chunked-prefill-size", str(CHUNK_TOKENS))),
-    Server(
-        "decode",
-        "decode",
-        (1,),
-        ("--disaggregation-decode-enable-radix-cache", "--enable-pd-role-switch"),
-    ),
-    Server("whole", "both", (0,)),
-)
 
-
-@pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
-    policy = {
-        "scheduler": {"split": {"min_prompt_tokens": 0}},
-        "handoff": {"lease_s": LEASE_S},
-        "gateway": {"prefill_s": 30},
-    }
-    servers = [replace(server, engine="sglang") for server in SERVERS]
-    folder = tmp_path_factory.mktemp("sglang")
-    with Testbed(folder, MODEL, servers, sglang_flags=FLAGS, policy=policy) as b:
-        yield b
+@pytest.fixture(scope="module", autouse=True)
+def sglang_alone(bed: Testbed) -> None:
+    select(bed, "prefill", "decode", "whole")
 
 
 def text_of(tokens: int, seed: int) -> str:
@@ -141,8 +115,8 @@ def test_a_chat_answers_like_sglang_unsplit_and_usage_is_right(bed: Testbed, str
     _, expected = post(bed.urls["whole"], "/v1/chat/completions", body)
     text, usage = expected["choices"][0]["message"]["content"], expected["usage"]
     if not stream:
-        status, answer = post(bed.gateway_url, "/v1/chat/completions", body)
-        assert status == 200
+        code, answer = post(bed.gateway_url, "/v1/chat/completions", body)
+        assert code == 200
         assert answer["choices"][0]["message"]["content"] == text
         assert answer["usage"]["prompt_tokens"] == usage["prompt_tokens"]
         assert answer["usage"]["completion_tokens"] == usage["completion_tokens"]
@@ -197,8 +171,8 @@ def test_sampled_answers_are_of_the_asked_length(bed: Testbed) -> None:
 
 def test_what_cannot_be_split_is_served_by_the_worker_for_both(bed: Testbed) -> None:
     body = {"model": MODEL_NAME, "prompt": text_of(200, seed=17), "max_tokens": 4, "n": 2}
-    status, answer = post(bed.gateway_url, "/v1/completions", body, "two")
-    assert status == 200
+    code, answer = post(bed.gateway_url, "/v1/completions", body, "two")
+    assert code == 200
     assert len(answer["choices"]) == 2
     record = parity.record_of(bed, "two")
     assert (record["route"], record["decode"]) == ("local", "whole")
@@ -217,8 +191,8 @@ def test_requests_at_once_are_all_right(bed: Testbed) -> None:
 
 def test_a_wrong_request_gets_sglangs_own_answer(bed: Testbed) -> None:
     long = {"model": MODEL_NAME, "prompt": [5] * 4000, "max_tokens": 4}
-    status, answer = post(bed.gateway_url, "/v1/completions", long)
-    assert status == 400
+    code, answer = post(bed.gateway_url, "/v1/completions", long)
+    assert code == 400
     assert "2048" in answer["message"]
 
 
@@ -254,13 +228,7 @@ def test_a_client_that_goes_away_stops_the_work_on_both_sides(
 
 
 def endpoints_of(bed: Testbed, worker: str = "prefill") -> list[dict[str, Any]]:
-    status = status_of(bed)
-    return [w["hello"]["endpoint"] for w in status["workers"] if w["name"] == worker]
-
-
-def status_of(bed: Testbed) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{bed.gateway_url}/internal/status", timeout=10) as answer:
-        return json.load(answer)
+    return [w["hello"]["endpoint"] for w in status(bed)["workers"] if w["name"] == worker]
 
 
 def ticket_of(handoff_id: str, *, valid_s: float = 60.0, secret: str = "") -> str:
@@ -294,8 +262,8 @@ def test_kv_of_another_prompt_of_the_same_length_is_never_used(bed: Testbed) -> 
     handoff_id = new_handoff_id()
     assert by_hand(bed, "prefill", [11] * 300, handoff_id)[0] == 200
     endpoints = endpoints_of(bed)
-    status, answer = by_hand(bed, "decode", [13] * 300, handoff_id, endpoints=endpoints)
-    assert status == 500
+    code, answer = by_hand(bed, "decode", [13] * 300, handoff_id, endpoints=endpoints)
+    assert code == 500
     assert "another prompt" in json.dumps(answer)
 
 
@@ -303,8 +271,8 @@ def test_a_handoff_is_taken_once(bed: Testbed) -> None:
     handoff_id, endpoints = new_handoff_id(), endpoints_of(bed)
     assert by_hand(bed, "prefill", [17] * 300, handoff_id)[0] == 200
     assert by_hand(bed, "decode", [17] * 300, handoff_id, endpoints=endpoints)[0] == 200
-    status, answer = by_hand(bed, "decode", [17] * 300, handoff_id, endpoints=endpoints)
-    assert status == 500
+    code, answer = by_hand(bed, "decode", [17] * 300, handoff_id, endpoints=endpoints)
+    assert code == 500
     assert "consumed" in json.dumps(answer)
 
 
@@ -321,10 +289,10 @@ def test_false_tickets_are_refused_and_the_server_lives(
 ) -> None:
     handoff_id = new_handoff_id()
     ticket = ticket_of(handoff_id, **change)
-    status, answer = by_hand(
+    code, answer = by_hand(
         bed, worker, [19] * 50, handoff_id, ticket=ticket, endpoints=endpoints_of(bed)
     )
-    assert status == 500
+    assert code == 500
     assert words in json.dumps(answer)
     assert ticket not in bed.log(worker)
 
@@ -344,15 +312,15 @@ def test_a_handoff_that_decode_never_takes_expires(bed: Testbed) -> None:
     handoff_id = new_handoff_id()
     assert by_hand(bed, "prefill", [23] * 300, handoff_id)[0] == 200
     time.sleep(LEASE_S + 1)
-    status, answer = by_hand(bed, "decode", [23] * 300, handoff_id, endpoints=endpoints_of(bed))
-    assert status == 500
+    code, answer = by_hand(bed, "decode", [23] * 300, handoff_id, endpoints=endpoints_of(bed))
+    assert code == 500
     assert "expired" in json.dumps(answer)
 
 
 def test_a_publisher_that_is_not_there_fails_the_request_in_time(bed: Testbed) -> None:
     dead = [{**e, "addresses": {"tcp": f"127.0.0.1:{free_ports(1)[0]}"}} for e in endpoints_of(bed)]
-    status, answer = by_hand(bed, "decode", [29] * 50, new_handoff_id(), endpoints=dead)
-    assert status == 500
+    code, answer = by_hand(bed, "decode", [29] * 50, new_handoff_id(), endpoints=dead)
+    assert code == 500
     assert "connect" in json.dumps(answer)
 
 
