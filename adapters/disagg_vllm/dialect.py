@@ -68,7 +68,7 @@ class VllmDialect:
         clean["max_tokens"] = 1
         if "max_completion_tokens" in clean:
             clean["max_completion_tokens"] = 1
-        if isinstance(least := clean.get("min_tokens"), int):
+        if isinstance(least := body.get("min_tokens"), int):
             clean["min_tokens"] = min(least, 1)
         if ref.decode.engine != self.engine:
             clean[TOKEN_IDS] = True

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from disagg_plugins.errors import RemoteProtocolError
+from disagg_plugins.gateway.body import read_body
 from disagg_plugins.gateway.dialect import Body, HandoffRef, Published, pair_family, tells_endpoints
 from disagg_plugins.types import HandoffId, Role, Worker
 from disagg_vllm.dialect import KEY, TOKEN_IDS, VllmDialect
@@ -47,6 +48,11 @@ def test_prefill_asks_for_one_token_that_nobody_sees() -> None:
     assert body["temperature"] == 0.5
     assert body["a_field_nobody_knows"] == {"x": [1]}
     assert BODY["stream"] is True, "the client's body is left as it is"
+
+
+def test_a_clients_body_is_read_as_it_comes() -> None:
+    body = read_body(b'{"prompt": "x", "max_tokens": 24, "min_tokens": 20, "logprobs": 1}')
+    assert VllmDialect().prefill_body(body, REF)["min_tokens"] == 1
 
 
 def test_prefill_bounds_the_newer_field_too() -> None:
