@@ -12,6 +12,7 @@ from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer, BaseKVMan
 from disagg_plugins.engine.rank import Rank
 from disagg_plugins.errors import UnsupportedEngineError
 from disagg_sglang import compat, patches
+from disagg_sglang.device_pool import DevicePool
 from disagg_sglang.loading import PageLoad
 from disagg_sglang.metadata import MetadataRows
 from disagg_sglang.pools import HostPool
@@ -62,7 +63,9 @@ class DisaggKVManager(BaseKVManager):
         self.settings = read_settings(server_args.port)
         identity = compat.make_identity(queue, server_args, self.settings)
         kv_pool = queue.token_to_kv_pool
-        self.pool = HostPool(kv_pool.k_buffer, kv_pool.v_buffer, identity.layout)
+        on_host = kv_pool.k_buffer[0].device.type == "cpu"
+        pool = HostPool if on_host else DevicePool
+        self.pool = pool(kv_pool.k_buffer, kv_pool.v_buffer, identity.layout)
         self.metadata = MetadataRows(queue.metadata_buffers, args.aux_data_ptrs, args.aux_item_lens)
         self.rank = Rank("sglang", identity, compat.text_identity(server_args), self.settings)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="disagg-publish")

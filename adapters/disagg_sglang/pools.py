@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -113,6 +113,34 @@ class HostPool:
             target = pages.view(element).reshape(-1, layout.num_kv_heads_local, dim)
             target[slots, first_head:end_head] = source[c]
 
+    def finish(self) -> None:
+        """Return once everything written is in the pool: host copies are at once."""
+
+
+class Scatter(Protocol):
+    """The pages that are written."""
+
+    layout: KVLayout
+
+    def scatter(self, layer: int, page_ids: NDArray[np.int64], rows: memoryview) -> None:
+        """Copy whole rows into pages."""
+        ...
+
+    def scatter_canonical(
+        self,
+        layer: int,
+        page_ids: NDArray[np.int64],
+        first_head: int,
+        end_head: int,
+        kv: memoryview,
+    ) -> None:
+        """Copy canonical KV that starts at the first token of ``page_ids[0]``."""
+        ...
+
+    def finish(self) -> None:
+        """Return once everything this thread wrote is in the pool."""
+        ...
+
 
 class PageSink:
     """Writes one request's KV into the pool until it is closed; see ``handoff.interfaces.Sink``.
@@ -126,7 +154,7 @@ class PageSink:
         first_block: Blocks before it were there already.
     """
 
-    def __init__(self, pool: HostPool, page_ids: NDArray[np.int64], first_block: int) -> None:
+    def __init__(self, pool: Scatter, page_ids: NDArray[np.int64], first_block: int) -> None:
         self._pool = pool
         self._page_ids = page_ids
         self._first_block = first_block
@@ -146,6 +174,7 @@ class PageSink:
         """
         with self._lock:
             self._check_open()
+            self._pool.finish()
             write()
             self._closed = True
 

@@ -23,7 +23,13 @@ PAGE_IDS = np.array([5, 0, 7, 2], dtype=np.int64)
 class Case:
     """A pool of random KV; ``start`` keeps what it held."""
 
-    def __init__(self, page_tokens: int = 4, dtype: str = "float32", extra_slots: int = 0) -> None:
+    def __init__(
+        self,
+        page_tokens: int = 4,
+        dtype: str = "float32",
+        extra_slots: int = 0,
+        kind: type[Any] = HostPool,
+    ) -> None:
         self.size = page_tokens
         self.dtype = getattr(torch, dtype)
         self.layout = KVLayout(
@@ -40,7 +46,7 @@ class Case:
         slots = PAGES * page_tokens + extra_slots
         self.kv = [[self.values(slots) for _ in range(LAYERS)] for _ in range(2)]
         self.start = [[buffer.clone() for buffer in buffers] for buffers in self.kv]
-        self.pool = HostPool(*self.kv, self.layout)
+        self.pool = kind(*self.kv, self.layout)
 
     def values(self, num_tokens: int, heads: int = HEADS) -> Any:
         return torch.randn(num_tokens, heads, HEAD_DIM, generator=self.random).to(self.dtype)
@@ -74,9 +80,17 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=["host", "device"])
+def kind(request: pytest.FixtureRequest) -> type[Any]:
+    """The pool of a host, and that of a device: on CPU tensors both must do the same."""
+    from disagg_sglang.device_pool import DevicePool
+
+    return {"host": HostPool, "device": DevicePool}[request.param]
+
+
 @pytest.fixture(params=[1, 4])
-def case(request: pytest.FixtureRequest, dtype: str) -> Case:
-    return Case(request.param, dtype)
+def case(request: pytest.FixtureRequest, dtype: str, kind: type[Any]) -> Case:
+    return Case(request.param, dtype, kind=kind)
 
 
 # HostPool ------------------------------------------------------------------------------------
@@ -146,8 +160,8 @@ def test_no_pages_are_no_work(case: Case) -> None:
     assert case.unchanged()
 
 
-def test_slots_behind_the_last_whole_page_are_left_alone() -> None:
-    case = Case(page_tokens=4, extra_slots=3)
+def test_slots_behind_the_last_whole_page_are_left_alone(kind: type[Any]) -> None:
+    case = Case(page_tokens=4, extra_slots=3, kind=kind)
     assert case.pool.num_pages == PAGES
     assert case.gather(1, PAGE_IDS).tobytes() == raw(case.rows(1, PAGE_IDS))
 

@@ -231,11 +231,13 @@ def endpoints_of(bed: Testbed, worker: str = "prefill") -> list[dict[str, Any]]:
     return [w["hello"]["endpoint"] for w in status(bed)["workers"] if w["name"] == worker]
 
 
-def ticket_of(handoff_id: str, *, valid_s: float = 60.0, secret: str = "") -> str:
+def ticket_of(
+    handoff_id: str, *, valid_s: float = 60.0, secret: str = "", prefill: str = "prefill"
+) -> str:
     return mint(
         (secret or os.environ["DISAGG_SECRET"]).encode(),
         handoff_id=HandoffId(handoff_id),
-        prefill="prefill",
+        prefill=prefill,
         decode="decode",
         now_s=time.time(),
         valid_s=valid_s,
@@ -348,6 +350,24 @@ def test_many_handoffs_leave_nothing_behind(bed: Testbed) -> None:
 def test_sglangs_own_metrics_count_the_transfers(bed: Testbed) -> None:
     assert metric(bed.urls["prefill"], "sglang:kv_transfer_total_mb_count") > 40
     assert metric(bed.urls["decode"], "sglang:num_transfer_failed_reqs_total") >= 3
+
+
+def test_a_role_is_switched_while_the_server_runs(bed: Testbed) -> None:
+    def switch(role: str) -> None:
+        until(lambda: idle(bed), "both workers to be idle")
+        body = {"new_role": role, "decode_cuda_graph_memory_gb": 0}
+        code, answer = post(bed.urls["decode"], "/pd_role_switch", body)
+        assert (code, answer["success"]) == (200, True), answer
+
+    switch("prefill")
+    handoff_id = new_handoff_id()
+    ticket = ticket_of(handoff_id, prefill="decode")
+    assert by_hand(bed, "decode", [31] * 50, handoff_id, ticket=ticket)[0] == 200
+    switch("decode")
+    text = text_of(250, seed=32)
+    answer = split(bed, text, 8, request_id="switched")
+    assert answer.tokens == whole(bed, text, 8).tokens
+    assert parity.record_of(bed, "switched")["split"] == "yes"
 
 
 # Faults: the fleet does not survive these ------------------------------------------------------
