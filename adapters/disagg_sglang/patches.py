@@ -33,7 +33,11 @@ HOOKED = (
     INIT_PREFILL_MANAGER,
     INIT_DECODE_MANAGER,
 )
-"""Dotted paths, all of them in SGLang 0.5.23."""
+"""Dotted paths."""
+
+HAVE_THEM = ("0.5.18", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
+"""SGLang releases in whose sources every one of these names was found, with the plugin door itself.
+Only the last was run."""
 
 ENUM_MEMBER = "DISAGG"
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +65,21 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def spread_prompts(count: int, seed: int) -> list[str]:
+    """Return prompts whose lengths are spread evenly from the shortest to the longest."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    step = (LONGEST_TOKENS - SHORTEST_TOKENS) / max(1, count - 1)
+    lengths = [round(SHORTEST_TOKENS + i * step) for i in range(count)]
+    # The corpus gives 0.8 to 1.15 tokens for each one asked for; what is too much is cut off.
+    texts = prompts([int(1.4 * length) + 10 for length in lengths], seed=seed)
+    return [
+        tokenizer.decode(tokenizer(text)["input_ids"][:length])
+        for text, length in zip(texts, lengths, strict=True)
+    ]
+
+
 def ask(url: str, text: str, tokens: int, request_id: str | None = None) -> Completion:
     """Return one greedy answer with the ids of its tokens."""
     return complete(
@@ -99,12 +113,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path(".run/engines"))
     args = parser.parse_args()
-    source = random.Random(args.seed)
-    # The corpus gives 0.8 to 1.15 tokens for each one asked for.
-    lengths = [int(source.uniform(SHORTEST_TOKENS, LONGEST_TOKENS)) for _ in range(args.prompts)]
-    lengths[0], lengths[-1] = SHORTEST_TOKENS, 1650
-    lengths = [min(length, 1650) for length in lengths]
-    texts = list(prompts(lengths, seed=args.seed))
+    texts = spread_prompts(args.prompts, args.seed)
     (args.folder / "records.jsonl").unlink(missing_ok=True)
     answers: dict[str, list[Completion]] = {}
     with Testbed(

@@ -321,13 +321,18 @@ def forget(pair: Pair) -> None:
 # CPU time -----------------------------------------------------------------------------------------
 
 
-def cpu_clock_s(number: int, *, thread: bool = False) -> float:
-    """Return the CPU time of a process, ended threads included, or of one thread, in seconds.
+def process_s(pid: int) -> float:
+    """Return the CPU time of a process, ended threads included, in seconds.
 
-    Linux's clocks of other processes, as ``clock_getcpuclockid(3)`` makes their ids:
-    nanoseconds, where ``/proc/<pid>/stat`` has hundredths.
+    Linux's clock of another process, as ``clock_getcpuclockid(3)`` makes its id: nanoseconds,
+    where ``/proc/<pid>/stat`` has hundredths of a second.
     """
-    return time.clock_gettime((~number << 3) | (6 if thread else 2))
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def main_thread_s(pid: int) -> float:
+    """Return the CPU time of a process's main thread, in seconds."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def cpu_s(pair: Pair) -> dict[str, float]:
@@ -335,11 +340,11 @@ def cpu_s(pair: Pair) -> dict[str, float]:
     spent = dict.fromkeys(("loop", "threads", "front"), 0.0)
     for name in ("prefill", "decode"):
         for process in pair.tree(name):
-            whole_s = cpu_clock_s(process.pid)
+            whole_s = process_s(process.pid)
             if "scheduler" not in " ".join(process.cmdline()):
                 spent["front"] += whole_s
                 continue
-            loop_s = cpu_clock_s(process.pid, thread=True)
+            loop_s = main_thread_s(process.pid)
             spent["loop"] += loop_s
             spent["threads"] += whole_s - loop_s
     return spent

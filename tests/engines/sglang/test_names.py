@@ -18,6 +18,7 @@ if importlib.util.find_spec("sglang") is None:
 # Importing the engine warns about itself; what our tests do afterwards must not.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import sglang
     from sglang.srt.disaggregation.base.conn import BaseKVManager, BaseKVReceiver, BaseKVSender
     from sglang.srt.disaggregation.utils import TransferBackend, get_kv_class
     from sglang.srt.plugins import load_plugins
@@ -39,6 +40,10 @@ def loaded() -> None:
 def test_every_hooked_name_is_there_and_hooked(target: str) -> None:
     assert callable(pkgutil.resolve_name(target))
     assert target in HookRegistry._patched
+
+
+def test_the_installed_release_is_one_that_was_looked_at() -> None:
+    assert sglang.__version__ in patches.HAVE_THEM
 
 
 def test_the_backend_can_be_chosen_and_gives_its_classes() -> None:
