@@ -160,12 +160,12 @@ test-wheel: $(UV_READY) | python ## Build the wheel from the sdist, install it a
 	  ../venv/bin/python -m pytest -q -n $(JOBS) -m "not engine" -o pythonpath=. $(WHEEL_TESTS)
 
 test-vllm: vllm model-tests ## Run the tests that need a real vLLM.
-	$(VLLM)/bin/python -m pytest -q -m engine --ignore tests/engines/sglang
+	$(VLLM)/bin/python -m pytest -q -m engine --ignore tests/engines/sglang --ignore tests/engines/mixed
 
 test-sglang: sglang vllm model-tests ## Run the tests that need a real SGLang; some need vLLM beside it.
 	SGLANG_USE_CPU_ENGINE=1 PYTHONPATH=tests/engines/sglang/cpu_kernels \
-	  $(SGLANG)/bin/python -m pytest -q tests/engines/sglang/test_names.py tests/adapters/sglang/test_pools.py
-	$(VLLM)/bin/python -m pytest -q -m engine tests/engines/sglang
+	  $(SGLANG)/bin/python -m pytest -q tests/engines/sglang/test_names.py tests/engines/sglang/test_refusals.py tests/adapters/sglang/test_pools.py
+	$(VLLM)/bin/python -m pytest -q -m engine tests/engines/mixed tests/engines/sglang
 
 test-engine: test-vllm test-sglang ## Run the tests that need a real engine.
 
@@ -181,13 +181,13 @@ demo: model $(if $(filter vllm,$(ENGINE)),,sglang) ## Split a real model over tw
 compatibility: dev ## Print which pairs of engines the tests of test-engine handed KV over between.
 	$(DEV)/bin/python tests/engines/compatibility.py .run/compatibility.json > migration_guides/compatibility.md
 
-BENCHMARKS := handoff gateway parity engines interference memory
-BENCH_IN_VLLM := $(filter parity engines interference memory,$(NAME))
+BENCHMARKS := handoff gateway parity engines interference memory transfer
+BENCH_IN_VLLM := $(filter parity engines interference memory transfer,$(NAME))
 
 bench-name:
 	@[ -n "$(filter $(BENCHMARKS),$(NAME))" ] || { echo "make bench: NAME is one of: $(BENCHMARKS)" >&2; exit 2; }
 
-bench: bench-name $(if $(filter engines,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=handoff|gateway|parity|interference|memory [ARGS=...].
+bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=handoff|gateway|parity|interference|memory|transfer [ARGS=...].
 	$(if $(BENCH_IN_VLLM),$(VLLM),$(BENCH))/bin/python tests/benchmarks/$(NAME).py $(ARGS)
 
 clean: ## Remove what the targets above made: environments, models, caches.

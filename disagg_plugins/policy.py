@@ -196,7 +196,12 @@ class HandoffPolicy(Section):
     advertise_host: str | None = Field(
         default=None, description="What peers connect to, where it differs from listen_host."
     )
-    max_connections: int = Field(default=64, ge=1, le=4096, description="Per listener.")
+    max_connections: int = Field(
+        default=512,
+        ge=1,
+        le=4096,
+        description="Per listener: one for each decode rank and request that waits, and idle ones.",
+    )
 
 
 class GatewayPolicy(Section):

@@ -55,6 +55,10 @@ def check_supported(kv_args: Any, server_args: Any, queue: Any, *, is_mla: bool)
             "in the policy",
         ),
         (
+            get_parallel().attn_cp_size > 1 or queue.scheduler.kv_shard_widening > 1,
+            "context parallelism spreads one page over ranks: use tensor parallelism",
+        ),
+        (
             server_args.disaggregation_enable_kv_checksum,
             "--disaggregation-enable-kv-checksum is not supported: the handoff authenticates its "
             "peers and binds KV to its prompt; remove the flag",

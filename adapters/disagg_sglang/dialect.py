@@ -23,6 +23,17 @@ KEYS = (*ROOM_KEYS, *DP_KEYS)
 """Fields of a request that reach SGLang's disaggregation; the gateway alone sets them."""
 
 
+ALONE = (
+    "custom_logit_processor",
+    "ebnf",
+    "json_schema",
+    "regex",
+    "session_params",
+    "watermark",
+)
+"""Fields that decide of the KV or of a sampled token and that other engines do not know."""
+
+
 class SglangDialect:
     """SGLang 0.5.23 with ``--disaggregation-transfer-backend disagg``."""
 
@@ -36,13 +47,19 @@ class SglangDialect:
         for key in KEYS:
             if body.get(key) is not None:
                 return f"the client set {key}"
+        if body.get("lora_path") is not None:
+            return "a LoRA adapter, which is not part of what the two workers compare"
         return not_splittable(body)
 
     def unsplittable_across(self, body: Body) -> str | None:
         """Return why the request cannot go on from another engine's first token, or None.
 
-        Another engine's log-probability of that token is not taken over.
+        Another engine's log-probability of that token is not taken over, and it samples the token
+        without what only SGLang obeys.
         """
+        for key in ALONE:
+            if body.get(key) is not None:
+                return f"{key}, which the engine that samples the first token does not know"
         for key in ("logprobs", "top_logprobs"):
             value = body.get(key)
             if value is not None and value is not False:

@@ -44,6 +44,14 @@ class ClosableSink(Protocol):
         ...
 
 
+class Free(Protocol):
+    """A point of the engine's work on a device: ``torch.cuda.Event`` is one."""
+
+    def synchronize(self) -> None:
+        """Return when the device has come to it."""
+        ...
+
+
 class NoSink:
     """For a prompt that is in the decode worker's cache: only the first token is wanted."""
 
@@ -101,6 +109,8 @@ class PageLoad:
         pages: ClosableSink,
         first_token: int,
         commit: Callable[[PrefillResult], None],
+        *,
+        free: Free | None = None,
     ) -> None:
         """Load tokens from ``first_token`` on into ``sink``.
 
@@ -109,12 +119,14 @@ class PageLoad:
             pages: The same sink, as what is closed when the engine takes the pages back.
             first_token: Tokens before it are in the decode worker's cache.
             commit: Takes what prefill left, after all KV has been written.
+            free: When nobody else writes the pages any more, if the device may still do.
         """
         with self._lock:
             if self.state == "failed":
                 return
             self.state, self._pages = "loading", pages
-        self._executor.submit(self._load, sink, pages, first_token, commit, time.monotonic())
+        started_s = time.monotonic()
+        self._executor.submit(self._load, sink, pages, first_token, commit, free, started_s)
 
     def _load(
         self,
@@ -122,9 +134,12 @@ class PageLoad:
         pages: ClosableSink,
         first_token: int,
         commit: Callable[[PrefillResult], None],
+        free: Free | None,
         started_s: float,
     ) -> None:
         try:
+            if free is not None:
+                free.synchronize()
             whole = first_token >= self._num_tokens
             report = self._reader.load(
                 HandoffId(self._ticket.handoff_id),

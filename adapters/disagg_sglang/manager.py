@@ -10,7 +10,7 @@ import numpy as np
 from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer, BaseKVManager
 
 from disagg_plugins.engine.rank import Rank
-from disagg_plugins.errors import UnsupportedEngineError
+from disagg_plugins.errors import DisaggError, UnsupportedEngineError
 from disagg_sglang import compat, patches
 from disagg_sglang.device_pool import DevicePool
 from disagg_sglang.loading import PageLoad
@@ -63,7 +63,8 @@ class DisaggKVManager(BaseKVManager):
         self.settings = read_settings(server_args.port)
         identity = compat.make_identity(queue, server_args, self.settings)
         kv_pool = queue.token_to_kv_pool
-        on_host = kv_pool.k_buffer[0].device.type == "cpu"
+        self._scheduler = queue.scheduler
+        self._on_host = on_host = kv_pool.k_buffer[0].device.type == "cpu"
         pool = HostPool if on_host else DevicePool
         self.pool = pool(kv_pool.k_buffer, kv_pool.v_buffer, identity.layout)
         self.metadata = MetadataRows(queue.metadata_buffers, args.aux_data_ptrs, args.aux_item_lens)
@@ -126,6 +127,16 @@ class DisaggKVManager(BaseKVManager):
             report=self._report if self.rank.identity.tp_rank == 0 else _nothing,
         )
 
+    def pages_free(self) -> Any:
+        """Return the event after which nobody writes pages that SGLang gives out now, or None.
+
+        Overlapped scheduling has launched one more forward pass of a request when it learns that
+        the request has finished; that pass still writes into the pages that are given away.
+        """
+        if self._on_host or not self._scheduler.enable_overlap:
+            return None
+        return self._scheduler.forward_stream.record_event()
+
     def _report(self, report: dict[str, object]) -> None:
         if isinstance(payload := report.get("bytes"), int):
             # One rank tells for all; the ranks' shares are equal.
@@ -143,6 +154,17 @@ class DisaggBootstrapServer(BaseKVBootstrapServer):
 def page_array(indices: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return page indices of SGLang's as int64, copied: SGLang may use the array again."""
     return np.array(indices, dtype=np.int64)
+
+
+def told(error: Exception) -> str:
+    """Return what is told of an error that fails one request; what it was, where it is a bug.
+
+    Nothing that goes wrong with one request may reach SGLang's scheduler, which would end.
+    """
+    if isinstance(error, DisaggError):
+        return str(error)
+    logger.error("a request failed inside of the transfer backend", exc_info=error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _nothing(report: dict[str, object]) -> None:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from disagg_plugins.handoff.layouts import KVLayout
 
-ELEMENT_TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+GATHER_BYTES = 256 << 10
+"""Pages are gathered in pieces of about this size: numpy copies them twice, and the second copy
+then reads from the core's cache (pages of 2 KiB: 8.6 instead of 5.4 GB per CPU-second)."""
 
 
 class HostPool:
@@ -77,8 +79,11 @@ class HostPool:
     def gather(self, layer: int, page_ids: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy pages into ``out`` (uint8, ``(pages, row_bytes)``, contiguous)."""
         halves = out.view(np.dtype((np.void, self._page_bytes)))
-        for c, source in enumerate(self._layers[layer]):
-            halves[:, c] = source[page_ids]
+        step = max(1, GATHER_BYTES // self._page_bytes)
+        for start in range(0, len(page_ids), step):
+            piece = slice(start, start + step)
+            for c, source in enumerate(self._layers[layer]):
+                halves[piece, c] = source[page_ids[piece]]
 
     def scatter(self, layer: int, page_ids: NDArray[np.int64], rows: memoryview) -> None:
         """Copy whole rows into pages."""
@@ -104,14 +109,16 @@ class HostPool:
             kv: Bytes of ``[2, tokens, heads, head_dim]``.
         """
         layout = self.layout
-        element = ELEMENT_TYPES[layout.element_bytes]
-        heads, dim, size = end_head - first_head, layout.head_dim, layout.block_size_tokens
-        source = np.frombuffer(kv, element).reshape(2, -1, heads, dim)
+        size, head_bytes = layout.block_size_tokens, layout.head_dim * layout.element_bytes
+        # The heads of one token are one opaque element, as they lie side by side on both sides.
+        token = np.dtype((np.void, (end_head - first_head) * head_bytes))
+        source = np.frombuffer(kv, token).reshape(2, -1)
         num_tokens = source.shape[1]
         slots = (page_ids[:, None] * size + np.arange(size)).reshape(-1)[:num_tokens]
         for c, pages in enumerate(self._layers[layer]):
-            target = pages.view(element).reshape(-1, layout.num_kv_heads_local, dim)
-            target[slots, first_head:end_head] = source[c]
+            tokens = pages.view(np.uint8).reshape(-1, layout.num_kv_heads_local * head_bytes)
+            target = tokens[:, first_head * head_bytes : end_head * head_bytes].view(token)[:, 0]
+            target[slots] = source[c]
 
     def finish(self) -> None:
         """Return once everything written is in the pool: host copies are at once."""

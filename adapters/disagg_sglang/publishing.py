@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from disagg_plugins.errors import DisaggError, LocalProtocolError, StagingFull
+from disagg_plugins.handoff.interfaces import Outcome
 from disagg_plugins.handoff.prompts import prompt_digest
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ class Gather(Protocol):
 
     def gather(self, layer: int, page_ids: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy pages into ``out`` (uint8, ``(pages, row_bytes)``)."""
+        ...
+
+
+class Written(Protocol):
+    """A point of the engine's work on a device: ``torch.cuda.Event`` is one."""
+
+    def synchronize(self) -> None:
+        """Return when the device has come to it."""
         ...
 
 
@@ -101,7 +110,9 @@ class PagePublisher:
             self._open()
         publication = self._publication
         if publication is not None and self.state in ("open", "copying"):
-            if publication.outcome is not None and not publication.complete:
+            # Consumed early: the only reader takes the same heads from another rank.
+            early = publication.outcome not in (None, Outcome.CONSUMED)
+            if early and not publication.complete:
                 self.abort(f"the handoff ended early: {publication.state.detail}")
             elif self._clock() - self._renewed_s >= RENEW_EVERY_S:
                 self._renewed_s = self._clock()
@@ -120,12 +131,15 @@ class PagePublisher:
         except DisaggError as error:
             self._fail(str(error))
 
-    def send(self, page_ids: NDArray[np.int64], result: bytes = b"") -> None:
+    def send(
+        self, page_ids: NDArray[np.int64], result: bytes = b"", *, written: Written | None = None
+    ) -> None:
         """Publish the next pages of the request.
 
         Args:
             page_ids: Pages of the pool, int64; copied from after this returns.
             result: What prefill leaves beside the KV; given with the last pages.
+            written: When the pages hold their KV, if the device still writes them.
 
         Raises:
             LocalProtocolError: More pages than the prompt has, or the last ones without a result.
@@ -148,13 +162,20 @@ class PagePublisher:
                 )
             publication.result = result
             self.state = "copying"
-        self._copier.submit(self._copy, publication, page_ids, first, end)
+        self._copier.submit(self._copy, publication, page_ids, first, end, written)
 
     def _copy(
-        self, publication: Publication, page_ids: NDArray[np.int64], first: int, end: int
+        self,
+        publication: Publication,
+        page_ids: NDArray[np.int64],
+        first: int,
+        end: int,
+        written: Written | None,
     ) -> None:
         """Copy pages and make them readable; runs in the copier's thread."""
         try:
+            if written is not None:
+                written.synchronize()
             for layer in range(self._store.identity.layout.num_layers):
                 if self.failed:
                     return

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVPoll
 
-from disagg_plugins.errors import DisaggError, HandoffAborted
-from disagg_sglang.manager import DisaggKVManager, page_array
+from disagg_plugins.errors import HandoffAborted
+from disagg_sglang.manager import DisaggKVManager, page_array, told
 from disagg_sglang.pools import PageSink
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class DisaggKVReceiver(BaseKVReceiver):
             if self.bootstrap_room is None:
                 raise HandoffAborted("-", "the request has no bootstrap_room")
             self._load = self.kv_mgr.load(self._address, req.origin_input_ids)
-        except DisaggError as error:
-            self._problem = str(error)
-            logger.warning("request %s is not loaded: %s", req.rid, error)
+        except Exception as error:
+            self._problem = told(error)
+            logger.warning("request %s is not loaded: %s", req.rid, self._problem)
 
     def init(self, prefill_dp_rank: int) -> None:
         """Be ready for the pages."""
@@ -73,8 +73,8 @@ class DisaggKVReceiver(BaseKVReceiver):
         load, manager = self._load, self.kv_mgr
         if load is None or self.bootstrap_room is None:
             return
-        pages, prefix = page_array(kv_indices), int(decode_prefix_len or 0)
         try:
+            pages, prefix = page_array(kv_indices), int(decode_prefix_len or 0)
             manager.pool.check_pages(pages)
             first_block, rest = divmod(prefix, manager.pool.layout.block_size_tokens)
             wanted = manager.pool.layout.num_blocks(self._num_tokens) - first_block
@@ -82,12 +82,17 @@ class DisaggKVReceiver(BaseKVReceiver):
                 raise HandoffAborted(
                     "-", f"SGLang gives {len(pages)} pages for {wanted} after {prefix} tokens"
                 )
-        except DisaggError as error:
-            load.abort(str(error))
-            return
-        sink = PageSink(manager.pool, pages, first_block)
-        row, room = int(aux_index), self.bootstrap_room
-        load.start(sink, sink, prefix, lambda result: manager.metadata.write(row, room, result))
+            sink = PageSink(manager.pool, pages, first_block)
+            row, room = int(aux_index), self.bootstrap_room
+            load.start(
+                sink,
+                sink,
+                prefix,
+                lambda result: manager.metadata.write(row, room, result),
+                free=manager.pages_free(),
+            )
+        except Exception as error:
+            load.abort(told(error))
 
     def poll(self) -> int:
         """Return how far the request is."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVSender, KVPoll, KVTransferMetric
 
-from disagg_plugins.errors import DisaggError, HandoffAborted
-from disagg_sglang.manager import DisaggKVManager, page_array
+from disagg_plugins.errors import HandoffAborted
+from disagg_sglang.manager import DisaggKVManager, page_array, told
 from disagg_sglang.result import pack_result
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class DisaggKVSender(BaseKVSender):
         self._problem = ""
         self._row = -1
         self._pages_left = 0
+        # SGLang sets it before it sends a prefix that is in its cache, which an earlier forward
+        # pass may still be writing; it belongs to exactly one ``send``.
+        self._early_send_wait_event: Any = None
 
     def expect(self, req: Any) -> None:
         """Learn the prompt; this project's hook calls it before anything is polled."""
@@ -53,9 +56,9 @@ class DisaggKVSender(BaseKVSender):
             if self.bootstrap_room is None:
                 raise HandoffAborted("-", "the request has no bootstrap_room")
             self._publisher = self.kv_mgr.publisher(self._address, req.origin_input_ids)
-        except DisaggError as error:
-            self._problem = str(error)
-            logger.warning("request %s is not published: %s", req.rid, error)
+        except Exception as error:
+            self._problem = told(error)
+            logger.warning("request %s is not published: %s", req.rid, self._problem)
 
     def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
         """Learn how many pages will come, and the metadata row."""
@@ -75,17 +78,18 @@ class DisaggKVSender(BaseKVSender):
         self, kv_indices: Any, state_indices: Any = None, num_kv_tokens: int | None = None
     ) -> None:
         """Publish the next pages; the metadata row is complete when the last ones come."""
+        written, self._early_send_wait_event = self._early_send_wait_event, None
         if self._publisher is None or self._publisher.state == "failed":
             return
-        pages = page_array(kv_indices)
-        self._pages_left -= len(pages)
         try:
+            pages = page_array(kv_indices)
+            self._pages_left -= len(pages)
             self.kv_mgr.pool.check_pages(pages)
             last = self._pages_left <= 0
             result = pack_result(self.kv_mgr.metadata.read(self._row)) if last else b""
-            self._publisher.send(pages, result)
-        except DisaggError as error:
-            self._fail(str(error))
+            self._publisher.send(pages, result, written=written)
+        except Exception as error:
+            self._fail(told(error))
 
     def poll(self) -> int:
         """Return how far the request is."""

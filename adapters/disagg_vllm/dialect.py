@@ -41,8 +41,12 @@ class VllmDialect:
         return not_splittable(body)
 
     def unsplittable_across(self, body: Body) -> str | None:
-        """Return None: vLLM reads the last prompt token and samples the first one itself."""
-        return None
+        """Return why vLLM cannot go on from another engine's KV, or None.
+
+        It reads the last prompt token and samples the first one itself, so only what changes KV
+        matters: SGLang's name for an adapter, of which vLLM takes no notice.
+        """
+        return None if body.get("lora_path") is None else "lora_path, which vLLM does not know"
 
     def local_body(self, body: Body) -> Body:
         """Return ``body`` without anything that reaches a KV connector.

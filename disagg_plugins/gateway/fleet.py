@@ -90,10 +90,19 @@ class FleetState:
             self._loads[name] = self.states[name].load()
         return self._view
 
-    def view_without(self, name: str) -> FleetView:
-        """Return the fleet with one worker taken out."""
-        loads = dict(self.view().loads)
-        loads[name] = WorkerLoad(healthy=False)
+    def view_for(self, model: str, *, without: str | None = None) -> FleetView:
+        """Return the fleet as far as it serves ``model``: not every engine refuses another name.
+
+        Workers share the fleet's model; an adapter of it may be on some of them only.
+        """
+        out = [] if without is None else [without]
+        if model != self.model():
+            known = (name for name, state in self.states.items() if state.models)
+            out += [name for name in known if model not in self.states[name].models]
+        view = self.view()
+        if not out:
+            return view
+        loads = {**view.loads, **dict.fromkeys(out, WorkerLoad(healthy=False))}
         return FleetView(self.workers, loads, self._pair_problems)
 
     def begin(self, name: str, prompt_tokens: int) -> None:

@@ -287,17 +287,27 @@ class Gateway:
         )
 
     def _decide(self, profile: RequestProfile, body: Body) -> Decision:
-        decision = self._scheduler.decide(profile, self.fleet.view())
+        view = self.fleet.view_for(profile.model)
+        decision = self._scheduler.decide(profile, view)
         route = decision.route
         if isinstance(route, Disaggregated) and route.prefill.engine != route.decode.engine:
             why = self.fleet.dialects[route.decode.engine].unsplittable_across(body)
             if why is not None:
-                profile = replace(profile, unsplittable=why)
-                decision = self._scheduler.decide(profile, self.fleet.view())
-                route = decision.route
+                decision = self._decide_alike(profile, view, why)
         if decision.problem:
             self._tell(decision.problem)
         return decision
+
+    def _decide_alike(self, profile: RequestProfile, view: FleetView, why: str) -> Decision:
+        """Return the route of a request that two engines cannot share: ``why``."""
+        workers = view.workers
+        unlike = {(p.name, d.name): why for p in workers for d in workers if p.engine != d.engine}
+        alike = replace(view, pair_problems={**unlike, **view.pair_problems})
+        with contextlib.suppress(NoCapacityError):
+            decision = self._scheduler.decide(profile, alike)
+            if isinstance(decision.route, Disaggregated):
+                return decision
+        return self._scheduler.decide(replace(profile, unsplittable=why), view)
 
     def _tell(self, problem: str) -> None:
         if problem not in self._told_problems and len(self._told_problems) < RECENT:
@@ -311,7 +321,8 @@ class Gateway:
             unsplittable=f"a retry after worker {failed.name} failed",
         )
         try:
-            decision = self._scheduler.decide(profile, self.fleet.view_without(failed.name))
+            view = self.fleet.view_for(profile.model, without=failed.name)
+            decision = self._scheduler.decide(profile, view)
         except NoCapacityError:
             return None
         other = decision.route.decode

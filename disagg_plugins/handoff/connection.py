@@ -22,9 +22,10 @@ from disagg_plugins.errors import (
     LocalProtocolError,
     TransportError,
 )
-from disagg_plugins.handoff.canonical import to_canonical
+from disagg_plugins.handoff.canonical import to_canonical, token_pieces
 from disagg_plugins.handoff.frames import FrameType, pack_frame, pack_header
 from disagg_plugins.handoff.interfaces import Identity, Outcome
+from disagg_plugins.handoff.messages import Read
 from disagg_plugins.handoff.protocol import ServerSession
 from disagg_plugins.handoff.remote_errors import error_frame
 from disagg_plugins.handoff.tickets import verify
@@ -33,7 +34,9 @@ from disagg_plugins.handoff.wire import PeerGone, Wire
 if TYPE_CHECKING:
     import socket
 
-    from disagg_plugins.handoff.messages import Read
+    from numpy.typing import NDArray
+
+    from disagg_plugins.handoff.layouts import KVLayout
     from disagg_plugins.handoff.publications import Publication, PublicationStore
     from disagg_plugins.policy import HandoffPolicy
 
@@ -44,6 +47,10 @@ WAIT_SLICE_S = 0.05
 
 KEEPALIVES_PER_SILENCE = 4
 """A waiting peer hears from us this often within its ``read_s``."""
+
+CONVERT_BYTES = 512 << 10
+"""Rows are converted in pieces of about this size, so that they are unpacked, converted and sent
+from the core's cache."""
 
 FAREWELL_S = 0.5
 """Bound on sending an ERROR to a peer that may have stopped reading."""
@@ -97,6 +104,7 @@ class Connection:
         self.shut_already = False
         self._claimed: Publication | None = None
         self._decode_rank = 0
+        self._rows_due_s = 0.0  # until then the engine may not have begun with the prompt
 
     @property
     def authenticated(self) -> bool:
@@ -145,6 +153,7 @@ class Connection:
         claim = self._session.claim(self._receive(FrameType.CLAIM)[1])
         peer = claim.identity
         ticket = verify(self._secret, claim.ticket, self._store.wall_s())
+        self._rows_due_s = time.monotonic() + claim.wait_s
         self._wait_open(ticket.handoff_id, claim.wait_s)
         self._claimed = self._store.claim(ticket.handoff_id, peer.tp_rank, peer.tp_size)
         self._decode_rank = peer.tp_rank
@@ -155,7 +164,7 @@ class Connection:
             if frame_type is FrameType.END:
                 break
             read = self._session.read(payload, publication.num_tokens)
-            self._wire.deadline_s = time.monotonic() + self._policy.load_s
+            self._wire.deadline_s = max(time.monotonic(), self._rows_due_s) + self._policy.load_s
             self._serve_read(publication, read)
             self._wire.deadline_s = None
         outcome, detail = self._session.end(payload)
@@ -188,6 +197,9 @@ class Connection:
         end_block = layout.num_blocks(read.end_token)
         first_block = read.first_token // layout.block_size_tokens
         layer = 0
+        scratch = np.empty(0, np.uint8)
+        if read.form == "canonical":
+            scratch = np.empty(_scratch_bytes(layout, read), np.uint8)
         while layer < layout.num_layers:
             ready = self._wait(publication, layer, end_block)
             if read.form == "native":
@@ -201,7 +213,7 @@ class Connection:
                 )
             else:
                 for each in range(layer, layer + ready):
-                    self._send_canonical(publication, each, read)
+                    self._send_canonical(publication, each, read, scratch)
             layer += ready
             self._store.renew(publication)
 
@@ -219,6 +231,8 @@ class Connection:
             now_s = time.monotonic()
             if publication.progress != progress:
                 progress, started_s = publication.progress, now_s
+            if not progress:  # opened, and queued by the engine: what the peer waits for as well
+                started_s = max(started_s, min(now_s, self._rows_due_s))
             deadline_s = self._wire.deadline_s
             if now_s - started_s >= policy.read_s or (deadline_s and now_s >= deadline_s):
                 raise HandoffTimeout(
@@ -231,7 +245,38 @@ class Connection:
                 self._wire.send(pack_frame(FrameType.READY, b""))
                 told_s = now_s
 
-    def _send_canonical(self, publication: Publication, layer: int, read: Read) -> None:
+    def _send_canonical(
+        self, publication: Publication, layer: int, read: Read, scratch: NDArray[np.uint8]
+    ) -> None:
+        """Send one layer: keys piece by piece as they are converted, then the values kept aside.
+
+        Args:
+            publication: What is read.
+            layer: Which of its layers.
+            read: What was asked for.
+            scratch: ``_scratch_bytes`` of memory, used for every layer: new memory for each costs
+                more than converting.
+        """
+        layout = self._store.identity.layout
+        num_bytes = layout.canonical_bytes(
+            read.end_token - read.first_token, read.end_head - read.first_head
+        )
+        values, piece = scratch[: num_bytes // 2], scratch[num_bytes // 2 :]
+        header, at = pack_header(FrameType.DATA, num_bytes, layer), 0
+        for first, end in token_pieces(
+            read.first_token, read.end_token, _step_tokens(layout), layout.block_size_tokens
+        ):
+            part = Read(first, end, read.first_head, read.end_head, read.form)
+            kv = self._convert(publication, layer, part, piece)
+            half = kv.nbytes // 2
+            self._wire.send_pair(header, kv[:half].data)
+            values[at : at + half] = kv[half:]
+            header, at = b"", at + half
+        self._wire.send(values.data)
+
+    def _convert(
+        self, publication: Publication, layer: int, read: Read, out: NDArray[np.uint8]
+    ) -> NDArray[np.uint8]:
         layout = self._store.identity.layout
         first_block = read.first_token // layout.block_size_tokens
         blocks = layout.num_blocks(read.end_token) - first_block
@@ -245,15 +290,15 @@ class Connection:
             if plain.nbytes != rows.nbytes:
                 raise LocalProtocolError(f"unpack made {plain.nbytes} bytes of {rows.nbytes}")
             rows = plain
-        kv = to_canonical(
+        return to_canonical(
             rows.reshape(blocks, layout.row_bytes),
             layout,
             first_token=read.first_token - first_block * layout.block_size_tokens,
             num_tokens=read.end_token - read.first_token,
             first_head=read.first_head,
             end_head=read.end_head,
+            out=out,
         )
-        self._wire.send_pair(pack_header(FrameType.DATA, kv.nbytes, layer), kv.data)
 
     def _receive(self, frame_type: FrameType) -> tuple[FrameType, bytes]:
         header = self._session.expect(self._wire.receive_header())
@@ -269,3 +314,15 @@ class Connection:
             self._wire.deadline_s = None
             self._wire.set_silence(FAREWELL_S)
             self._wire.send(error_frame(exc))
+
+
+def _step_tokens(layout: KVLayout) -> int:
+    """Return the tokens of the blocks that are converted at a time."""
+    return max(1, CONVERT_BYTES // layout.row_bytes) * layout.block_size_tokens
+
+
+def _scratch_bytes(layout: KVLayout, read: Read) -> int:
+    """Return the bytes of one layer's values and of one piece."""
+    heads = read.end_head - read.first_head
+    values = layout.canonical_bytes(read.end_token - read.first_token, heads) // 2
+    return values + layout.canonical_bytes(_step_tokens(layout), heads)

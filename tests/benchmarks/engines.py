@@ -21,7 +21,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.corpus import prompts
+from tests.engines import compatibility
 from tests.engines.client import AS_IDS, Completion, complete, first_difference
+from tests.engines.probes import status
 from tests.engines.sglang_bed import select
 from tests.engines.testbed import MODEL_NAME, Server, Testbed
 
@@ -132,6 +134,8 @@ def main() -> int:
                 say(f"{name}: {i + 1} of {len(texts)}")
         for pair in PAIRS:
             select(bed, pair.prefill, pair.decode)
+            hellos = {w["name"]: w["hello"] for w in status(bed)["workers"]}
+            before = len(bed.records())
             answers[pair.name] = []
             for i, text in enumerate(texts):
                 name = f"{pair.name}-{i}"
@@ -139,6 +143,8 @@ def main() -> int:
                 where = first_difference(answers[pair.name][-1], answers[pair.alone][i])
                 tokens = answers[pair.name][-1].usage.get("prompt_tokens")
                 say(f"{pair.name}: {tokens} tokens: {'identical' if where is None else where}")
+            records = bed.records()[before:]
+            compatibility.merge(compatibility.note(bed, hellos, records, "benchmarks/engines.py"))
     records = {r["request_id"]: r for r in bed.records()}
     handoffs = {
         pair.name: sum(

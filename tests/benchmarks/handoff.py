@@ -9,7 +9,11 @@ block to private memory, end) through the real store, listener and reader. The p
 into staging is the engine's gather and is not, except in the row ``shm_with_copy_in``. ``raw``
 receives straight into the private memory; NIXL reads straight into it.
 
+Then handoffs between unlike layouts, vLLM's and SGLang's: what the canonical path costs against the
+direct one into the same pool (``handoff_canonical.py``).
+
     python tests/benchmarks/handoff.py [--repetitions 7] [--nixl-python PATH] [--handoffs 1000]
+    python tests/benchmarks/handoff.py --block-bytes --handoffs 0 --cases vllm-128  # only these
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
+from handoff_canonical import CanonicalBench, Case, cases
 from handoff_peer import (
     PAYLOAD_BYTES,
     SECRET,
@@ -346,6 +351,58 @@ def run(bench: Bench, sizes: list[int], repetitions: int) -> dict[str, dict[str,
     return table
 
 
+def run_canonical(chosen: list[Case], repetitions: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure unlike layouts; return case -> contender -> medians, and the ratios of the paths."""
+    order = random.Random(1)
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    peer = Process(sys.executable, str(HERE / "handoff_canonical.py"))
+    bench = CanonicalBench(peer, warm_pages(PAYLOAD_BYTES, 255))
+    try:
+        for case in chosen:
+            contenders = bench.start(case)
+            for move in contenders.values():
+                move()
+                bench.target.check()
+            samples: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+            for _ in range(repetitions):
+                names = list(contenders)
+                order.shuffle(names)
+                for name in names:
+                    cpu = cpu_s() + float(peer.ask("usage")["cpu_s"])
+                    wall = time.perf_counter()
+                    contenders[name]()
+                    wall = time.perf_counter() - wall
+                    cpu = cpu_s() + float(peer.ask("usage")["cpu_s"]) - cpu
+                    samples[name].append((wall, cpu))
+            table[str(case)] = _rates(samples)
+            for name, rates in table[str(case)].items():
+                ratio = f"  {rates['of_direct']:.2f} of direct" if "of_direct" in rates else ""
+                print(
+                    f"{case!s:<44} {name:<13} {rates['gb_per_s']:6.2f} GB/s "
+                    f"{rates['gb_per_cpu_s']:6.2f} GB/CPU-s{ratio}",
+                    flush=True,
+                )
+    finally:
+        bench.close()
+        peer.close()
+    return table
+
+
+def _rates(samples: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    rates = {}
+    for name, pairs in samples.items():
+        wall, cpu = (statistics.median(each) for each in zip(*pairs, strict=True))
+        rates[name] = {
+            "gb_per_s": PAYLOAD_BYTES / 1e9 / wall,
+            "gb_per_cpu_s": PAYLOAD_BYTES / 1e9 / cpu,
+        }
+    for name, row in rates.items():
+        direct = rates[name.replace("canonical", "direct")]
+        if row is not direct:
+            row["of_direct"] = row["gb_per_cpu_s"] / direct["gb_per_cpu_s"]
+    return rates
+
+
 def summary(
     table: dict[str, dict[str, dict[str, float]]], problem: str | None
 ) -> dict[str, object]:
@@ -372,17 +429,27 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--nixl-python", help="an interpreter that can import nixl")
     parser.add_argument("--handoffs", type=int, default=1000, help="for the memory check; 0: none")
-    parser.add_argument("--block-bytes", type=int, nargs="*", default=list(BLOCK_BYTES))
+    parser.add_argument(
+        "--block-bytes", type=int, nargs="*", default=list(BLOCK_BYTES), help="no size: skip them"
+    )
+    parser.add_argument(
+        "--cases", nargs="*", default=[""], help="parts of names of pairs of layouts; none: skip"
+    )
     arguments = parser.parse_args()
-    bench = Bench(arguments.nixl_python)
-    try:
-        table = run(bench, arguments.block_bytes, arguments.repetitions)
-        result = summary(table, bench.nixl_problem)
-        if arguments.handoffs:
-            result["memory"] = bench.flat_memory(arguments.handoffs)
-        result["table"] = table
-    finally:
-        bench.close()
+    result: dict[str, object] = {}
+    if arguments.block_bytes or arguments.handoffs:
+        bench = Bench(arguments.nixl_python)
+        try:
+            table = run(bench, arguments.block_bytes, arguments.repetitions)
+            result = summary(table, bench.nixl_problem)
+            if arguments.handoffs:
+                result["memory"] = bench.flat_memory(arguments.handoffs)
+            result["table"] = table
+        finally:
+            bench.close()
+    chosen = [case for case in cases() if any(part in str(case) for part in arguments.cases)]
+    if chosen:
+        result["canonical"] = run_canonical(chosen, arguments.repetitions)
     print(json.dumps(result))
 
 

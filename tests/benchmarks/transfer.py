@@ -20,15 +20,16 @@ travels after the end.
 
 **CPU**: seconds of all processes of both workers per cached request, less what the same workers
 take for the same request with SGLang's *fake* backend (prefill and decode each do their half,
-nothing is moved). Cached, because the noise of computing a prompt is larger than a transfer. It
-includes SGLang's scheduler loop, which spins while a transfer is under way (a slow transfer pays
-for its waiting); ``threads`` is the part outside that loop. Threads that a backend keeps spinning
-between requests count as far as their servers' turn lasts.
+nothing is moved). Cached, because the noise of computing a prompt is larger than a transfer. Left
+out is the main loop of the decode worker: it spins, in every backend, from the moment it has its
+half until the KV is there, mostly for the prefill (PyTorch's attention on a CPU computes the cached
+part as well), and moves nothing itself; ``cpu_with_waiting_s`` has it. The prefill worker's loop is
+in: it hands pages over and spins until the backend says that they are sent.
 
 ``disagg-shm`` is what this project does on one host. ``disagg-tcp`` is the like-for-like of
 mooncake's TCP: the same publications, but the client tells decode their TCP address alone.
 Ratios are mooncake over ours (for bytes per CPU-second: ours over mooncake), so above 1 ours is
-better. The last line is one JSON object. Takes about seven minutes on two cores.
+better. The last line is one JSON object. Takes about six minutes on two cores.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -321,6 +322,10 @@ def forget(pair: Pair) -> None:
 # CPU time -----------------------------------------------------------------------------------------
 
 
+CPU_PARTS = ("prefill_loop", "prefill_threads", "decode_loop", "decode_threads", "front")
+"""Loops are the schedulers' main threads, which compute; ``front`` is all but the schedulers."""
+
+
 def process_s(pid: int) -> float:
     """Return the CPU time of a process, ended threads included, in seconds.
 
@@ -336,8 +341,8 @@ def main_thread_s(pid: int) -> float:
 
 
 def cpu_s(pair: Pair) -> dict[str, float]:
-    """Return CPU time of both workers so far: of the loops, of the other threads, of the rest."""
-    spent = dict.fromkeys(("loop", "threads", "front"), 0.0)
+    """Return CPU time so far of both workers: their loops, other threads, other processes."""
+    spent = dict.fromkeys(CPU_PARTS, 0.0)
     for name in ("prefill", "decode"):
         for process in pair.tree(name):
             whole_s = process_s(process.pid)
@@ -345,8 +350,8 @@ def cpu_s(pair: Pair) -> dict[str, float]:
                 spent["front"] += whole_s
                 continue
             loop_s = main_thread_s(process.pid)
-            spent["loop"] += loop_s
-            spent["threads"] += whole_s - loop_s
+            spent[f"{name}_loop"] += loop_s
+            spent[f"{name}_threads"] += whole_s - loop_s
     return spent
 
 
@@ -446,19 +451,19 @@ def row_of(bench: Bench, texts: list[list[int]], args: argparse.Namespace) -> di
     payload = tokens * bytes_a_token(args.model, args.dtype)
     arms = {}
     for name in cold:
-        net_s = sum(cpu[name].values())
+        net = cpu[name]
+        transfer_s = sum(net.values()) - net["decode_loop"]
         arms[name] = {
-            "cold_after_prefill_s": median(a.after_prefill_s for a in cold[name]),
-            "cold_ttft_s": median(a.ttft_s for a in cold[name]),
-            "cached_after_prefill_s": median(a.after_prefill_s for a in cached[name]),
-            "cached_ttft_s": median(a.ttft_s for a in cached[name]),
-            "cpu_s": net_s,
-            "cpu_threads_s": cpu[name]["threads"],
-            "cpu_loop_s": cpu[name]["loop"],
-            "cpu_front_s": cpu[name]["front"],
-            "mib_per_cpu_s": payload / MIB / net_s,
+            **spread("cold_after_prefill_s", (a.after_prefill_s for a in cold[name])),
+            **spread("cold_ttft_s", (a.ttft_s for a in cold[name])),
+            **spread("cached_after_prefill_s", (a.after_prefill_s for a in cached[name])),
+            **spread("cached_ttft_s", (a.ttft_s for a in cached[name])),
+            "cpu_s": transfer_s,
+            "cpu_with_waiting_s": sum(net.values()),
+            "cpu_parts_s": net,
+            "mib_per_cpu_s": payload / MIB / transfer_s,
         }
-        say(f"{tokens:5d} tokens  {name:<11}" + show(arms[name]))
+        say(f"{tokens:5d} tokens  {name:<11}{show(arms[name])}")
     without = {arm.name: sum(cpu[arm.name].values()) for arm in bench.without}
     row = {"prompt_tokens": tokens, "bytes": payload, "arms": arms, "cpu_s_without": without}
     for name in cold:
@@ -467,25 +472,30 @@ def row_of(bench: Bench, texts: list[list[int]], args: argparse.Namespace) -> di
     return row
 
 
-def median(values: Iterator[float]) -> float:
-    """Return the median."""
-    return statistics.median(list(values))
+def spread(key: str, values: Iterable[float]) -> dict[str, Any]:
+    """Return the median under ``key``, and the smallest and the largest value beside it."""
+    found = sorted(values)
+    return {key: statistics.median(found), f"{key}_range": [found[0], found[-1]]}
 
 
-def show(arm: Mapping[str, float]) -> str:
+def show(arm: Mapping[str, Any]) -> str:
     """Return one line of the table, in milliseconds."""
-    ms = {key: 1000 * value for key, value in arm.items()}
+    parts = {key: 1000 * value for key, value in arm["cpu_parts_s"].items()}
+    threads = parts["prefill_threads"] + parts["decode_threads"]
     return (
-        f"  first token after prefill: cold {ms['cold_after_prefill_s']:6.1f} ms, "
-        f"cached {ms['cached_after_prefill_s']:6.1f} ms   CPU {ms['cpu_s']:6.1f} ms "
-        f"(threads {ms['cpu_threads_s']:5.1f}, loop {ms['cpu_loop_s']:5.1f})   "
-        f"{arm['mib_per_cpu_s']:6.0f} MiB/CPU-s"
+        f" first token after prefill, ms: cold {1000 * arm['cold_after_prefill_s']:5.1f}"
+        f"  cached {1000 * arm['cached_after_prefill_s']:5.1f}"
+        f"   CPU, ms: {1000 * arm['cpu_s']:5.1f} (threads {threads:5.1f})"
+        f"  decode waits {parts['decode_loop']:6.1f}   {arm['mib_per_cpu_s']:5.0f} MiB/CPU-s"
     )
 
 
-def ratios(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+def ratios(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
     """Return ratios that are above 1 where ours is better."""
-    lower = ("cold_after_prefill_s", "cached_after_prefill_s", "cached_ttft_s", "cpu_s")
+    lower = (
+        *("cold_after_prefill_s", "cold_ttft_s", "cached_after_prefill_s", "cached_ttft_s"),
+        "cpu_with_waiting_s",
+    )
     return {
         **{key.removesuffix("_s"): theirs[key] / ours[key] for key in lower},
         "bytes_per_cpu_s": ours["mib_per_cpu_s"] / theirs["mib_per_cpu_s"],
@@ -533,10 +543,10 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=Path(".models/SmolLM2-135M-Instruct"))
     parser.add_argument("--folder", type=Path, default=Path(".run/transfer"))
     parser.add_argument("--dtype", default="float32", choices=DTYPE_BYTES)
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[256, 1024, 1900])
-    parser.add_argument("--prompts", type=int, default=3, help="of each length, sent cold")
-    parser.add_argument("--rounds", type=int, default=4, help="bursts of each arm and length")
-    parser.add_argument("--burst", type=int, default=5, help="cached requests a burst")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[256, 1024, 1536])
+    parser.add_argument("--prompts", type=int, default=4, help="of each length, sent cold")
+    parser.add_argument("--rounds", type=int, default=3, help="bursts of each arm and length")
+    parser.add_argument("--burst", type=int, default=4, help="cached requests a burst")
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument(
         "--mooncake-env", nargs="*", default=[], metavar="NAME=VALUE", help="settings of mooncake's"

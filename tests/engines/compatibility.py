@@ -23,8 +23,8 @@ HEAD = """# Compatibility
 
 Pairs of workers between which the engine tests handed KV over, on CPUs. This page is generated, not
 written: `make compatibility` makes it from what the tests of `make test-engine` did. A pair that is
-absent was not tried. `direct` moves rows as they lie in the engine's memory, `canonical`
-through the form that all engines share.
+absent was not tried. `direct` moves rows as they lie in the engine's memory, `canonical` by the
+form that all engines share. `benchmarks/engines.py` is `make bench NAME=engines`.
 
 """
 

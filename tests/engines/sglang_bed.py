@@ -6,13 +6,18 @@ anew before the workers that a test is about.
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.engines.probes import status, until
-from tests.engines.testbed import Server, Testbed
+from disagg_plugins.handoff.tickets import mint
+from disagg_plugins.types import HandoffId
+from disagg_sglang.room import Room, pack_room
+from tests.engines.probes import post, status, until
+from tests.engines.testbed import MODEL_NAME, Server, Testbed
 
 MODELS = Path(__file__).resolve().parents[2] / ".models"
 SGLANG_FLAGS = ("--dtype", "float32", "--context-length", "2048", "--enable-metrics")
@@ -73,3 +78,38 @@ def select(bed: Testbed, *names: str) -> None:
 def introduced(worker: dict[str, Any]) -> bool:
     """Return whether a worker has said where it serves KV; SGLang unsplit never does."""
     return worker["hello"] is not None or (worker["engine"], worker["role"]) == ("sglang", "both")
+
+
+def endpoints_of(bed: Testbed, worker: str = "prefill") -> list[dict[str, Any]]:
+    """Return where a worker serves KV."""
+    return [w["hello"]["endpoint"] for w in status(bed)["workers"] if w["name"] == worker]
+
+
+def ticket_of(
+    handoff_id: str, *, valid_s: float = 60.0, secret: str = "", prefill: str = "prefill"
+) -> str:
+    """Return a ticket as the gateway would mint it, or not quite."""
+    return mint(
+        (secret or os.environ["DISAGG_SECRET"]).encode(),
+        handoff_id=HandoffId(handoff_id),
+        prefill=prefill,
+        decode="decode",
+        now_s=time.time(),
+        valid_s=valid_s,
+    )
+
+
+def by_hand(
+    bed: Testbed, worker: str, prompt: list[int], handoff_id: str, **room: Any
+) -> tuple[int, Any]:
+    """Send one worker its half of a handoff."""
+    room.setdefault("ticket", ticket_of(handoff_id))
+    body = {
+        "model": MODEL_NAME,
+        "prompt": prompt,
+        "max_tokens": 8,
+        "temperature": 0,
+        "bootstrap_host": pack_room(Room(**room)),
+        "bootstrap_room": int(handoff_id[:15], 16),
+    }
+    return post(bed.urls[worker], "/v1/completions", body)

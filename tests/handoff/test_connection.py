@@ -6,7 +6,10 @@ import logging
 import os
 import random
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,18 +19,24 @@ from disagg_kv_tcp.transport import parse_address
 from disagg_plugins.errors import HandoffAborted, RemoteProtocolError, TransportError
 from disagg_plugins.handoff.frames import FrameType, pack_frame, pack_header
 from disagg_plugins.handoff.messages import End, Read, encode
+from disagg_plugins.handoff.pool import MAX_IDLE
 from disagg_plugins.handoff.protocol import ClientSession
 from disagg_plugins.handoff.tickets import new_handoff_id
 from disagg_plugins.handoff.wire import PeerGone, Wire
+from disagg_plugins.policy import WorkerPolicy
 from disagg_plugins.testing.handoffs import (
     SECRET,
     WAIT_S,
+    Opened,
     RecordingSink,
     World,
     quick_policy,
     rank_identity,
     wait_until,
 )
+
+if TYPE_CHECKING:
+    from disagg_plugins.handoff.interfaces import LoadReport
 
 
 def flip(rows: memoryview) -> memoryview:
@@ -188,3 +197,43 @@ def test_mutated_frames_of_an_authenticated_peer(world: World) -> None:
     wait_until(lambda: sum(world.outcomes().values()) == 25, "the end of every handoff")
     assert world.store.arena.used_bytes == 0
     world.load(world.open(), RecordingSink())
+
+
+def load(world: World, opened: Opened, *, wait_s: float) -> LoadReport:
+    return world.reader().load(
+        opened.handoff_id,
+        opened.ticket,
+        world.endpoints,
+        first_token=0,
+        end_token=40,
+        sink=RecordingSink(),
+        wait_s=wait_s,
+    )
+
+
+def test_a_prompt_that_the_engine_has_queued_is_waited_for(world: World) -> None:
+    """As long as for a handoff that is not open yet: the peer said how long it will wait."""
+    opened = world.open(publish=False)
+    [publication] = opened.publications
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load, world, opened, wait_s=WAIT_S)
+        for _ in range(8):  # longer than read_s, and than the lease
+            time.sleep(0.2)
+            world.store.renew(publication)
+        assert not loading.done()
+        opened.publish()
+        assert loading.result(WAIT_S).num_tokens == 40
+
+
+def test_a_prompt_that_is_never_computed_is_given_up_after_the_wait(world: World) -> None:
+    opened, started_s = world.open(publish=False), time.monotonic()
+    with pytest.raises(HandoffAborted, match=r"handoff\.read_s"):
+        load(world, opened, wait_s=0.4)
+    assert 0.6 < time.monotonic() - started_s < WAIT_S
+
+
+def test_loads_that_wait_at_a_full_prefill_worker_find_a_connection() -> None:
+    """Each waits on one of its own, from every decode rank; channels kept idle count as well."""
+    decode_ranks, requests = 4, WorkerPolicy.model_fields["capacity"].default
+    idle = decode_ranks * MAX_IDLE
+    assert quick_policy().max_connections >= decode_ranks * requests + idle

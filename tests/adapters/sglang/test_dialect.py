@@ -151,6 +151,13 @@ def test_log_probabilities_do_not_go_on_from_another_engines_token(asked: Body, 
     assert reason.startswith(f"{key} of a first token")
 
 
+@pytest.mark.parametrize("key", ["regex", "ebnf", "json_schema"])
+def test_what_only_sglang_obeys_is_not_left_to_another_engines_first_token(key: str) -> None:
+    reason = SglangDialect().unsplittable_across({key: "x"})
+    assert reason is not None
+    assert reason.startswith(key)
+
+
 @pytest.mark.parametrize(
     "asked", [{}, {"logprobs": None}, {"logprobs": False, "top_logprobs": None}]
 )
@@ -167,3 +174,7 @@ def test_two_sglang_workers_meet_at_once_and_two_engines_by_relay() -> None:
     assert pair_family(sglang, sglang) == "rendezvous"
     assert pair_family(sglang, other) == pair_family(other, sglang) == "relay"
     assert not tells_endpoints(sglang, other), "SGLang's endpoints come with its hello"
+
+
+def test_a_lora_adapter_is_never_split() -> None:
+    assert "LoRA" in str(SglangDialect().unsplittable({**BODY, "lora_path": "mine"}))

@@ -494,3 +494,17 @@ def test_an_abort_in_the_middle_of_writing_stops_it(world: World, loads: Loads) 
     assert loads.pages.steps == ["layer 0"]
     assert prefill.load.state == "failed"
     wait_until(lambda: world.outcomes() == {"failed": 1}, "the end of the handoff")
+
+
+def test_nothing_is_written_before_the_pages_are_free(loads: Loads) -> None:
+    """A forward pass that was launched before its request ended may still write into them."""
+    load = loads.make(FakeReader(pack_result(RESULT)))
+
+    class Event:
+        def synchronize(self) -> None:
+            loads.pages.steps.append("free")
+
+    load.start(loads.pages, loads.pages, 0, loads.pages.commit, free=Event())
+    loads.join()
+    assert load.state == "done"
+    assert loads.pages.steps[:2] == ["free", "layer 0"]

@@ -501,3 +501,57 @@ def test_a_request_that_nobody_polls_expires(
     assert "lease_s" in publisher.reason
     copier.run()
     assert store.arena.used_bytes == 0
+
+
+class Event:
+    """A point of a device's work; ``reached`` is called when somebody waits for it."""
+
+    def __init__(self, reached: Callable[[], object]) -> None:
+        self.synchronize = reached
+
+
+def test_pages_that_a_forward_pass_still_writes_are_copied_after_it(
+    make: Make, store: PublicationStore, copier: Stepped, pool: FakePool
+) -> None:
+    publisher = make()
+    publication = opened(publisher, store)
+
+    def write() -> None:
+        pool.pages[:] = 7
+
+    publisher.send(PAGES[:2], written=Event(write))
+    assert not (pool.pages == 7).all(), "the scheduler's thread does not wait"
+    copier.run()
+    for layer in range(LAYERS):
+        assert (publication.rows(layer)[:2] == 7).all()
+
+
+def test_an_event_that_fails_fails_the_request(
+    make: Make, store: PublicationStore, copier: Stepped
+) -> None:
+    publisher = make()
+    opened(publisher, store)
+
+    def broken() -> None:
+        raise RuntimeError("the device is lost")
+
+    publisher.send(PAGES[:2], written=Event(broken))
+    copier.run()
+    assert publisher.poll() == "failed"
+    assert "device is lost" in publisher.reason
+
+
+def test_a_rank_whose_heads_are_read_elsewhere_goes_on(
+    make: Make, store: PublicationStore, copier: Stepped
+) -> None:
+    publisher = make()
+    publication = opened(publisher, store)
+    publisher.send(PAGES[:2])
+    copier.run()
+    store.claim(publication.handoff_id, 0, 1)
+    assert store.consumed(publication, 0)  # needs nothing of this rank, and says so at once
+    assert publisher.poll() == "open"
+    publisher.send(PAGES[2:], b"result")
+    copier.run()
+    assert publisher.poll() == "done"
+    assert store.arena.used_bytes == 0

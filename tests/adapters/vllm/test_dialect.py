@@ -167,3 +167,8 @@ def test_an_answer_without_its_token_is_refused_across_engines(choices: object) 
 def test_room_is_a_positive_number() -> None:
     assert 0 < REF.room < 1 << 63
     assert REF.address == "127.0.0.1:8101"
+
+
+def test_an_adapter_that_only_the_other_engine_knows_is_not_split() -> None:
+    assert VllmDialect().unsplittable_across({**BODY, "logprobs": 3}) is None
+    assert VllmDialect().unsplittable_across({**BODY, "lora_path": "a"}) is not None

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from disagg_plugins.handoff.tickets import new_handoff_id
 from tests import parity
 from tests.corpus import prompts
 from tests.engines.client import Completion, complete
 from tests.engines.probes import idle, post, status, until
-from tests.engines.sglang_bed import select
+from tests.engines.sglang_bed import by_hand, endpoints_of, select, ticket_of
 from tests.engines.testbed import MODEL_NAME, Testbed
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -158,3 +159,23 @@ def test_workers_with_another_model_are_named_and_never_paired(bed: Testbed) -> 
     for i in range(4):
         ask(bed.gateway_url, f"{i} " + text_of(50, seed=300), 4, request_id=f"model-{i}")
         assert parity.record_of(bed, f"model-{i}")["prefill"] == "vllm-prefill"
+
+
+def test_kv_of_another_model_is_refused_by_the_worker_itself(bed: Testbed) -> None:
+    select(bed, "vllm-tiny", "decode")
+    handoff_id, prompt = new_handoff_id(), [41] * 100
+    ticket = ticket_of(handoff_id, prefill="vllm-tiny")
+    params = {"disagg": {"version": 1, "step": "prefill", "ticket": ticket}}
+    body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": 1, "kv_transfer_params": params}
+    assert post(bed.urls["vllm-tiny"], "/v1/completions", body)[0] == 200
+    code, answer = by_hand(
+        bed,
+        "decode",
+        prompt,
+        handoff_id,
+        ticket=ticket,
+        endpoints=endpoints_of(bed, "vllm-tiny"),
+        first_token=5,
+    )
+    assert code == 500
+    assert "cannot share KV" in json.dumps(answer)

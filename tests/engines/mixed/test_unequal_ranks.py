@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,29 +31,36 @@ POLICY = {
 }
 
 
-@pytest.mark.parametrize(
-    ("prefill", "prefill_size", "decode", "decode_size"),
-    [("vllm", 2, "sglang", 1), ("sglang", 2, "sglang", 1), ("sglang", 1, "sglang", 2)],
-)
-def test_answers_are_equal_over_unequal_ranks(
-    tmp_path: Path, prefill: Engine, prefill_size: int, decode: Engine, decode_size: int
-) -> None:
-    sides = (("prefill", prefill, prefill_size), ("decode", decode, decode_size))
+@pytest.fixture
+def bed(tmp_path: Path, sides: tuple[tuple[Engine, int], ...]) -> Iterator[Testbed]:
     servers = [
         Server(role, role, CPUS[size], RANKS[engine, size], engine=engine)
-        for role, engine, size in sides
+        for role, (engine, size) in zip(("prefill", "decode"), sides, strict=True)
     ]
     servers.append(Server("whole", "monolith", (0,), engine="sglang"))
     with Testbed(
         tmp_path, MODEL, servers, flags=FLAGS, sglang_flags=SGLANG_FLAGS, policy=POLICY
-    ) as bed:
-        for i, text in enumerate(prompts([200, 600], seed=prefill_size)):
-            answers = [
-                complete(url, text, max_tokens=16, model=MODEL_NAME, logprobs=None, request_id=name)
-                for url, name in ((bed.gateway_url, f"tp-{i}"), (bed.urls["whole"], None))
-            ]
-            assert answers[0].text == answers[1].text
-            handoff = parity.record_of(bed, f"tp-{i}")["handoff"]
-            assert handoff["outcome"] == "consumed", handoff
-            assert handoff["form"] == "canonical"
-            assert handoff["tokens_loaded"] == answers[0].usage["prompt_tokens"]
+    ) as testbed:
+        yield testbed
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        (("vllm", 2), ("sglang", 1)),
+        (("sglang", 2), ("sglang", 1)),
+        (("sglang", 1), ("sglang", 2)),
+    ],
+    ids=lambda sides: "-to-".join(f"{engine}-{size}" for engine, size in sides),
+)
+def test_answers_are_equal_over_unequal_ranks(bed: Testbed) -> None:
+    for i, text in enumerate(prompts([200, 600], seed=2)):
+        answers = [
+            complete(url, text, max_tokens=16, model=MODEL_NAME, logprobs=None, request_id=name)
+            for url, name in ((bed.gateway_url, f"tp-{i}"), (bed.urls["whole"], None))
+        ]
+        assert answers[0].text == answers[1].text
+        handoff = parity.record_of(bed, f"tp-{i}")["handoff"]
+        assert handoff["outcome"] == "consumed", handoff
+        assert handoff["form"] == "canonical"
+        assert handoff["tokens_loaded"] == answers[0].usage["prompt_tokens"]

@@ -1,0 +1,84 @@
+"""Which workers a request may go to: those that serve its model, and pairs that can share it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from disagg_plugins.gateway.fleet import FleetState
+from disagg_plugins.gateway.server import Gateway
+from disagg_plugins.plugins import PluginHost
+from disagg_plugins.policy import Policy
+from disagg_plugins.scheduling.decision import Scheduler
+from disagg_plugins.types import Decision, Disaggregated, Local, RequestProfile, Role, Worker
+from disagg_sglang.dialect import SglangDialect
+from disagg_vllm.dialect import VllmDialect
+
+if TYPE_CHECKING:
+    from disagg_plugins.gateway.dialect import Body, Dialect
+
+DIALECTS: dict[str, Dialect] = {"vllm": VllmDialect(), "sglang": SglangDialect()}
+PROFILE = RequestProfile("r", "/v1/completions", "base", 1000, True, 8, False)
+
+
+def fleet(*workers: tuple[str, str, str], models: dict[str, tuple[str, ...]] | None = None) -> Any:
+    """Return a fleet of (name, engine, role); every worker is healthy and has said hello."""
+    made = tuple(
+        Worker(name, f"http://127.0.0.1:{8000 + i}", engine, Role(role))
+        for i, (name, engine, role) in enumerate(workers)
+    )
+    state = FleetState(made, DIALECTS, model=None, unhealthy_after=3)
+    for worker in made:
+        state.probe_ok(worker.name, (models or {}).get(worker.name, ("base",)))
+        state.greet(worker.name, {"tp_rank": 0, "tp_size": 1, "endpoint": {"tp_rank": 0}})
+    return state
+
+
+def decide(state: FleetState, body: Body, profile: RequestProfile = PROFILE) -> Decision:
+    with PluginHost.load((), entry_points=False) as host:
+        policy = Policy.model_validate(
+            {
+                "fleet": {
+                    "workers": [
+                        {"name": w.name, "url": w.url, "engine": w.engine, "role": str(w.role)}
+                        for w in state.workers
+                    ]
+                },
+                "scheduler": {"split": {"min_prompt_tokens": 50}},
+            }
+        )
+        gateway = SimpleNamespace(fleet=state, _scheduler=Scheduler(host, policy))
+        gateway._decide_alike = lambda *a: Gateway._decide_alike(cast("Any", gateway), *a)
+        return Gateway._decide(cast("Any", gateway), profile, body)
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_what_two_engines_cannot_share_goes_to_a_pair_of_one_engine(turn: int) -> None:
+    state = fleet(("v", "vllm", "prefill"), ("s", "sglang", "prefill"), ("d", "sglang", "decode"))
+    state.begin("vs"[turn], 100)
+    route = decide(state, {"logprobs": 1}).route
+    assert isinstance(route, Disaggregated)
+    assert route.prefill.name == "s"
+
+
+def test_what_two_engines_cannot_share_goes_whole_where_there_is_no_pair_of_one_engine() -> None:
+    state = fleet(("v", "vllm", "prefill"), ("d", "sglang", "decode"), ("b", "sglang", "both"))
+    state.begin("b", 100)
+    assert decide(state, {"logprobs": 1}).route == Local(state.workers[2])
+
+
+def test_an_adapter_is_asked_only_of_workers_that_have_it() -> None:
+    adapted = {"p": ("base", "adapter"), "v": ("base", "adapter")}
+    state = fleet(
+        ("p", "vllm", "prefill"), ("d", "sglang", "decode"), ("v", "vllm", "decode"), models=adapted
+    )
+    state.begin("v", 100)
+    base = decide(state, {}).route
+    assert base.decode.name == "d"
+    asked = replace(PROFILE, model="adapter")
+    assert decide(state, {}, asked).route.decode.name == "v"
+    view = state.view_for("adapter", without="v")
+    assert [w.name for w in view.workers if view.load(w).healthy] == ["p"]
