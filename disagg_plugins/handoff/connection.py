@@ -22,11 +22,10 @@ from disagg_plugins.errors import (
     LocalProtocolError,
     TransportError,
 )
-from disagg_plugins.handoff.canonical import to_canonical, token_pieces
+from disagg_plugins.handoff.canonical import to_canonical
 from disagg_plugins.handoff.frames import FrameType, pack_frame, pack_header
 from disagg_plugins.handoff.interfaces import Identity, Outcome
-from disagg_plugins.handoff.messages import Read
-from disagg_plugins.handoff.protocol import ServerSession
+from disagg_plugins.handoff.protocol import ServerSession, read_bytes
 from disagg_plugins.handoff.remote_errors import error_frame
 from disagg_plugins.handoff.tickets import verify
 from disagg_plugins.handoff.wire import PeerGone, Wire
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from disagg_plugins.handoff.layouts import KVLayout
+    from disagg_plugins.handoff.messages import Read
     from disagg_plugins.handoff.publications import Publication, PublicationStore
     from disagg_plugins.policy import HandoffPolicy
 
@@ -47,10 +46,6 @@ WAIT_SLICE_S = 0.05
 
 KEEPALIVES_PER_SILENCE = 4
 """A waiting peer hears from us this often within its ``read_s``."""
-
-CONVERT_BYTES = 512 << 10
-"""Rows are converted in pieces of about this size, so that they are unpacked, converted and sent
-from the core's cache."""
 
 FAREWELL_S = 0.5
 """Bound on sending an ERROR to a peer that may have stopped reading."""
@@ -199,7 +194,8 @@ class Connection:
         layer = 0
         scratch = np.empty(0, np.uint8)
         if read.form == "canonical":
-            scratch = np.empty(_scratch_bytes(layout, read), np.uint8)
+            # Once for all layers: the pages of new memory may cost more than the converting.
+            scratch = np.empty(read_bytes(read, layout), np.uint8)
         while layer < layout.num_layers:
             ready = self._wait(publication, layer, end_block)
             if read.form == "native":
@@ -248,35 +244,7 @@ class Connection:
     def _send_canonical(
         self, publication: Publication, layer: int, read: Read, scratch: NDArray[np.uint8]
     ) -> None:
-        """Send one layer: keys piece by piece as they are converted, then the values kept aside.
-
-        Args:
-            publication: What is read.
-            layer: Which of its layers.
-            read: What was asked for.
-            scratch: ``_scratch_bytes`` of memory, used for every layer: new memory for each costs
-                more than converting.
-        """
-        layout = self._store.identity.layout
-        num_bytes = layout.canonical_bytes(
-            read.end_token - read.first_token, read.end_head - read.first_head
-        )
-        values, piece = scratch[: num_bytes // 2], scratch[num_bytes // 2 :]
-        header, at = pack_header(FrameType.DATA, num_bytes, layer), 0
-        for first, end in token_pieces(
-            read.first_token, read.end_token, _step_tokens(layout), layout.block_size_tokens
-        ):
-            part = Read(first, end, read.first_head, read.end_head, read.form)
-            kv = self._convert(publication, layer, part, piece)
-            half = kv.nbytes // 2
-            self._wire.send_pair(header, kv[:half].data)
-            values[at : at + half] = kv[half:]
-            header, at = b"", at + half
-        self._wire.send(values.data)
-
-    def _convert(
-        self, publication: Publication, layer: int, read: Read, out: NDArray[np.uint8]
-    ) -> NDArray[np.uint8]:
+        """Send one layer, converted into ``scratch``, whose beginning it fills."""
         layout = self._store.identity.layout
         first_block = read.first_token // layout.block_size_tokens
         blocks = layout.num_blocks(read.end_token) - first_block
@@ -290,15 +258,17 @@ class Connection:
             if plain.nbytes != rows.nbytes:
                 raise LocalProtocolError(f"unpack made {plain.nbytes} bytes of {rows.nbytes}")
             rows = plain
-        return to_canonical(
+        kv = to_canonical(
             rows.reshape(blocks, layout.row_bytes),
             layout,
             first_token=read.first_token - first_block * layout.block_size_tokens,
             num_tokens=read.end_token - read.first_token,
             first_head=read.first_head,
             end_head=read.end_head,
-            out=out,
+            out=scratch,
         )
+        # Whole layers: sent in pieces as they are converted, keys first, they cost a fifth more.
+        self._wire.send_pair(pack_header(FrameType.DATA, kv.nbytes, layer), kv.data)
 
     def _receive(self, frame_type: FrameType) -> tuple[FrameType, bytes]:
         header = self._session.expect(self._wire.receive_header())
@@ -314,15 +284,3 @@ class Connection:
             self._wire.deadline_s = None
             self._wire.set_silence(FAREWELL_S)
             self._wire.send(error_frame(exc))
-
-
-def _step_tokens(layout: KVLayout) -> int:
-    """Return the tokens of the blocks that are converted at a time."""
-    return max(1, CONVERT_BYTES // layout.row_bytes) * layout.block_size_tokens
-
-
-def _scratch_bytes(layout: KVLayout, read: Read) -> int:
-    """Return the bytes of one layer's values and of one piece."""
-    heads = read.end_head - read.first_head
-    values = layout.canonical_bytes(read.end_token - read.first_token, heads) // 2
-    return values + layout.canonical_bytes(_step_tokens(layout), heads)

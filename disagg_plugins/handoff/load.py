@@ -21,8 +21,6 @@ from disagg_plugins.handoff.frames import MAX_DATA_BYTES
 from disagg_plugins.handoff.interfaces import DirectSink, Form, Outcome
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from disagg_plugins.handoff.interfaces import Channel, Offer, Place, Sink
     from disagg_plugins.handoff.layouts import KVLayout
     from disagg_plugins.handoff.shards import Source
@@ -30,9 +28,10 @@ if TYPE_CHECKING:
 READ_BYTES = 16 << 20
 """Aim for the bytes of one layer in one READ; bounds the receive buffer of long prompts."""
 
-CONVERT_BYTES = 256 << 10
-"""Mapped rows are converted in pieces of about this size, which the sink then finds in the core's
-cache: two copies cost 1.2 times as much as one."""
+PIECE_BYTES = 512 << 10
+"""Sinks get canonical KV in pieces of about this size: what they copy on the way stays in the
+core's cache, and rows that were converted here are there already (4.9 GB per CPU-second for
+converting and copying out, 6.5 for one plain copy; Xeon, 2 MiB of L2)."""
 
 
 @dataclass(slots=True)
@@ -179,24 +178,31 @@ class Load:
 
     def _read_canonical(self, part: Part, first_token: int, end_token: int) -> None:
         first_head, end_head = part.source.first_head, part.source.end_head
-        block_tokens = self.layout.block_size_tokens
-        step, scratch = self._pieces(part)
+        block_tokens, heads = self.layout.block_size_tokens, end_head - first_head
+        buffer = memoryview(bytearray(self.layout.canonical_bytes(end_token - first_token, heads)))
+        pieces: list[tuple[int, memoryview]] = []
+        at = 0
+        for first, end in token_pieces(first_token, end_token, self._step(heads), block_tokens):
+            num_bytes = self.layout.canonical_bytes(end - first, heads)
+            pieces.append((first, buffer[at : at + num_bytes]))
+            at += num_bytes
+        # All keys come before all values; each piece has its keys beside its values.
+        targets = [piece[: len(piece) // 2] for _, piece in pieces]
+        targets += [piece[len(piece) // 2 :] for _, piece in pieces]
         items = part.channel.read(
             first_token=first_token,
             end_token=end_token,
             first_head=first_head,
             end_head=end_head,
             form="canonical",
+            place=lambda _: targets,
         )
         for layer, kv in items:
-            tokens = np.frombuffer(kv, np.uint8).reshape(2, end_token - first_token, -1)
-            for first, end in token_pieces(first_token, end_token, step, block_tokens):
-                source = tokens[:, first - first_token : end - first_token]
-                piece = scratch[: source.size]
-                piece.reshape(source.shape)[:] = source
-                self.sink.write_canonical(layer, first, first_head, end_head, piece.data)
+            _fill(targets, kv)
+            for first, piece in pieces:
+                self.sink.write_canonical(layer, first, first_head, end_head, piece)
                 self.check_time()
-            self.payload_bytes += len(kv)
+            self.payload_bytes += len(buffer)
 
     def _read_mapped(self, part: Part) -> None:
         """Convert rows of the publisher's layout in the memory that it shares, piece by piece.
@@ -205,7 +211,8 @@ class Load:
         """
         first_head, end_head = part.source.first_head, part.source.end_head
         theirs, block_tokens = part.offer.layout, self.layout.block_size_tokens
-        step, scratch = self._pieces(part)
+        step = self._step(end_head - first_head)
+        scratch = np.empty(self.layout.canonical_bytes(step, end_head - first_head), np.uint8)
         # Whole rows that begin at most one row before the tokens are at most the bound.
         per_read = (MAX_DATA_BYTES // theirs.row_bytes - 1) * theirs.block_size_tokens
         per_read = max(1, per_read // block_tokens) * block_tokens
@@ -234,13 +241,11 @@ class Load:
                     self.payload_bytes += kv.nbytes
                     self.check_time()
 
-    def _pieces(self, part: Part) -> tuple[int, NDArray[np.uint8]]:
-        """Return the tokens, in whole blocks, that the sink gets at a time, and room for them."""
+    def _step(self, heads: int) -> int:
+        """Return the tokens, in whole blocks, that the sink gets at a time in canonical form."""
         block_tokens = self.layout.block_size_tokens
-        heads = part.source.end_head - part.source.first_head
-        blocks = CONVERT_BYTES // self.layout.canonical_bytes(block_tokens, heads)
-        step = max(1, blocks) * block_tokens
-        return step, np.empty(self.layout.canonical_bytes(step, heads), np.uint8)
+        blocks = PIECE_BYTES // self.layout.canonical_bytes(block_tokens, heads)
+        return max(1, blocks) * block_tokens
 
     def _tokens_per_read(self, part: Part, form: Form) -> int:
         """Return how many tokens, in whole blocks, one READ asks for."""
@@ -265,6 +270,14 @@ class Load:
                 setting="handoff.load_s",
                 timeout_s=self.load_s,
             )
+
+
+def _fill(targets: list[memoryview], kv: memoryview) -> None:
+    """Copy what a transport has yielded and not placed."""
+    at = 0
+    for target in targets if kv else ():
+        target[:] = kv[at : at + len(target)]
+        at += len(target)
 
 
 def passes_rows(channel: Channel, theirs: KVLayout) -> bool:

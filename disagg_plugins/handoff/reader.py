@@ -253,7 +253,7 @@ class HandoffReader:
         """Connect; where rows are read in the publisher's memory, as one who takes its layout.
 
         What form a publisher offers follows from the layout that a claim names, and rows of any
-        plain layout are converted here (``Load``) for a quarter of what sockets cost.
+        plain layout are converted here (``Load``) for a third of what sending them costs.
         """
         transport = self._transports[name]
         channel = transport.connect(

@@ -143,7 +143,8 @@ def test_without_decode_todays_server_gives_the_same_answer(guided) -> None:
     before, after = [json.loads(line) for line in lines if line.startswith("{")]
     assert before["choices"][0]["text"] == after["choices"][0]["text"]
     *_, ours, theirs = records_of(guided)
-    assert (ours["split"], theirs["split"]) == ("yes", "no")
+    assert ours["split"] == "yes"
+    assert theirs["split"] in ("no", "no: decode refused")
     assert theirs["decode"] == "today"
 
 
@@ -188,16 +189,16 @@ def test_every_command_of_the_way_there_and_back_succeeds_in_order(change) -> No
 
 
 @pytest.mark.parametrize(
-    ("title", "form", "less"),
+    ("title", "form", "computed", "cached"),
     [
-        ("1. Decode moves to SGLang", "canonical", 0),
-        ("2. Prefill moves to SGLang", "native", 0),
-        ("3. Decode moves to vLLM", "canonical", 1),
-        ("4. Prefill moves to vLLM", "native", 1),
+        ("1. Decode moves to SGLang", "canonical", 0, False),
+        ("2. Prefill moves to SGLang", "native", 0, False),
+        ("3. Decode moves to vLLM", "canonical", 1, False),
+        ("4. Prefill moves to vLLM", "native", 1, True),
     ],
 )
 def test_after_each_move_the_answer_is_the_same_and_was_handed_over(
-    changed, title: str, form: str, less: int
+    changed, title: str, form: str, computed: int, cached: bool
 ) -> None:
     said = changed.under(title)
     assert "the same answer" in said
@@ -205,7 +206,10 @@ def test_after_each_move_the_answer_is_the_same_and_was_handed_over(
         r"split: (\w+) form: (\w+) loaded: (\d+) of (\d+)", said
     )
     assert (split, how) == ("yes", form)
-    assert int(loaded) == int(prompt) - less
+    if cached:
+        assert 0 < int(loaded) < int(prompt) / 2
+    else:
+        assert int(loaded) == int(prompt) - computed
     assert "PROBLEM" not in said
 
 
