@@ -103,7 +103,7 @@ def _sentences(policy: Policy) -> Iterator[str]:
     if can_split(policy):
         yield (
             f"A request is split when its prompt has at least {least} tokens and a prefill worker "
-            "is healthy and has room; else one decode worker does all of it."
+            "is healthy and has room; else one worker does all of it."
         )
     else:
         yield "No request is split: there are no two workers for the two phases."

@@ -22,9 +22,9 @@ REASONS = {
 """What the gateway's words for a split that did not happen mean; others are shown as they are."""
 
 CONNECTOR_FIX = (
-    "start every worker with --kv-transfer-config (kv_connector DisaggConnector) and install "
-    "disagg-plugins in its environment; `disagg doctor` run there, with the worker's own Python, "
-    "says what is missing"
+    "start every worker with the connector (vLLM: --kv-transfer-config, SGLang: "
+    "--disaggregation-transfer-backend disagg) and install disagg-plugins in its environment; "
+    "`disagg doctor` run there, with the worker's own Python, says what is missing"
 )
 
 
@@ -121,7 +121,8 @@ def _reports(status: Mapping[str, Any]) -> Iterator[Finding]:
             f"{rejected['signature']:g} reports of workers had a false signature",
             "give the gateway and every worker the same secret, and compare the hosts' clocks",
         )
-    silent = [w["name"] for w in status["workers"] if w["healthy"] and not w.get("hello")]
+    able = [w for w in status["workers"] if w["healthy"] and w.get("handoffs", True)]
+    silent = [w["name"] for w in able if not w.get("hello")]
     if silent:
         yield Finding(
             Level.PROBLEM,

@@ -111,6 +111,8 @@ def status_of(gateway: Gateway) -> dict[str, object]:
                 "url": state.worker.url,
                 "engine": state.worker.engine,
                 "role": str(state.worker.role),
+                "handoffs": state.worker.handoffs,
+                "whole": state.worker.whole,
                 "healthy": state.healthy,
                 "reason": state.reason,
                 "models": list(state.models),

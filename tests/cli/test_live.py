@@ -67,6 +67,11 @@ def test_gateway_whose_splits_happen_is_right() -> None:
     assert any("5 of the last 10 requests were split" in f.detail for f in judge(status()))
 
 
+def test_a_worker_that_takes_no_handoffs_needs_no_connector() -> None:
+    alone = worker("today", "both", hello=None, handoffs=False)
+    assert bad(status(workers=[worker("p0", "prefill"), worker("d0", "decode"), alone])) == []
+
+
 def test_split_that_loads_nothing_is_a_problem_that_tells_the_reason() -> None:
     found = bad(status(split=split(4, 0, not_happening={"no: no report": 4})))
     assert [f.level for f in found] == [Level.PROBLEM]

@@ -59,7 +59,12 @@ SGLANG_DECODE_FLAGS = ("--disaggregation-decode-retraction-backup", "cpu_tensor"
 """Without these a decode server registers host memory with CUDA."""
 
 SGLANG_CPU_KERNELS = Path(__file__).resolve().parent / "sglang" / "cpu_kernels"
-SGLANG_ENV = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_HOST_IP": "127.0.0.1"}
+SGLANG_ENV = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "SGLANG_HOST_IP": "127.0.0.1",
+    # Where NCCL is found, several ranks would give it a CPU as their device, and end.
+    "SGLANG_NCCL_SO_PATH": "none",
+}
 
 SGLANG_START_S = 600.0
 """A server's three processes import SGLang for 50 CPU-seconds each; a fleet shares two cores."""

@@ -46,7 +46,11 @@ def bed(tmp_path: Path, sides: tuple[tuple[Engine, int], ...]) -> Iterator[Testb
 
 @pytest.mark.parametrize(
     "sides",
-    [(("vllm", 2), ("sglang", 1))],  # SGLang 0.5.23 starts several ranks on GPUs only
+    [
+        (("vllm", 2), ("sglang", 1)),
+        (("sglang", 2), ("sglang", 1)),
+        (("sglang", 1), ("sglang", 2)),
+    ],
     ids=lambda sides: "-to-".join(f"{engine}-{size}" for engine, size in sides),
 )
 def test_answers_are_equal_over_unequal_ranks(bed: Testbed) -> None:
