@@ -187,7 +187,7 @@ BENCH_IN_VLLM := $(filter parity engines interference memory transfer,$(NAME))
 bench-name:
 	@[ -n "$(filter $(BENCHMARKS),$(NAME))" ] || { echo "make bench: NAME is one of: $(BENCHMARKS)" >&2; exit 2; }
 
-bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=handoff|gateway|parity|interference|memory|transfer [ARGS=...].
+bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=handoff|gateway|parity|engines|interference|memory|transfer [ARGS=...].
 	$(if $(BENCH_IN_VLLM),$(VLLM),$(BENCH))/bin/python tests/benchmarks/$(NAME).py $(ARGS)
 
 clean: ## Remove what the targets above made: environments, models, caches.

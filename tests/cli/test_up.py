@@ -210,7 +210,11 @@ def test_live_doctor_finds_a_split_that_does_not_happen(
         policy = write_policy((p0.url, d0.url), telemetry={"report_wait_s": 0.1})
         with running(policy, "serve", env=SECRET) as (_, read_until):
             read_until("gateway is ready")
-            wait_until(lambda: ask(policy, "/ready")[0] == 200, "a ready fleet")
+            # Ready is a gateway that can answer: with decode alone it would answer unsplit.
+            wait_until(
+                lambda: all(w["healthy"] for w in ask(policy, "/internal/status")[1]["workers"]),
+                "a healthy fleet",
+            )
             body = {"model": "fake-model", "prompt": list(range(300)), "max_tokens": 2}
             assert ask(policy, "/v1/completions", body)[0] == 200
             port = yaml.safe_load(policy.read_text())["gateway"]["port"]
