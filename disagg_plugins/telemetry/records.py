@@ -170,6 +170,7 @@ class RecordFile:
         self._pending: deque[RequestRecord] = deque()
         self._lock = threading.Lock()
         self._writer: threading.Thread | None = None
+        self._starting = threading.Lock()  # the loop starts writers, another thread closes
         self._closed = False
         self.dropped = 0
         self.written = 0
@@ -205,14 +206,24 @@ class RecordFile:
 
     def flush_soon(self) -> bool:
         """Write what is pending in the background; False while an earlier flush still writes."""
-        return self._in_background(self.flush) if self._pending else True
+        if self._closed or not self._pending:
+            return True
+        return self._in_background(self.flush)
 
     def _in_background(self, work: Callable[[], object]) -> bool:
-        if self._writer is not None and self._writer.is_alive():
-            return False
-        self._writer = threading.Thread(target=work, name="records", daemon=True)
-        self._writer.start()
-        return True
+        with self._starting:
+            if self._writer is not None and self._writer.is_alive():
+                return False
+            writer = threading.Thread(target=work, name="records", daemon=True)
+            writer.start()
+            self._writer = writer
+            return True
+
+    def _join(self, wait_s: float) -> None:
+        with self._starting:
+            writer = self._writer
+        if writer is not None:
+            writer.join(max(0.0, wait_s))
 
     def close(self, wait_s: float = CLOSE_S) -> bool:
         """Write the rest and close, within ``wait_s``; idempotent.
@@ -224,10 +235,10 @@ class RecordFile:
         first, self._closed = not self._closed, True
         if not first and self._fd >= 0:
             return False
-        if self._writer is not None:
-            self._writer.join(max(0.0, wait_s))
-        if self._in_background(self._finish) and self._writer is not None:
-            self._writer.join(max(0.0, end_s - time.monotonic()))
+        self._join(wait_s)
+        while not self._in_background(self._finish) and time.monotonic() < end_s:
+            self._join(end_s - time.monotonic())  # a flush was being started meanwhile
+        self._join(end_s - time.monotonic())
         return self._fd < 0
 
     def _finish(self) -> None:

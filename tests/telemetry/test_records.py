@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +84,30 @@ def test_full_disk_loses_records_not_requests() -> None:
     file.add(record())
     file.close()
     assert (file.written, file.dropped) == (0, 1)
+
+
+def test_closing_waits_for_a_flush_that_is_just_being_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting, go_on = threading.Event(), threading.Event()
+
+    class SlowToStart(threading.Thread):
+        def start(self) -> None:
+            starting.set()
+            go_on.wait(10)
+            super().start()
+
+    file = RecordFile(tmp_path / "records.jsonl")
+    file.add(record())
+    monkeypatch.setattr(records, "threading", SimpleNamespace(Thread=SlowToStart))
+    with ThreadPoolExecutor(2) as pool:
+        flushed = pool.submit(file.flush_soon)
+        assert starting.wait(10)
+        closed = pool.submit(file.close, 10.0)
+        go_on.set()
+        assert flushed.result(10) is True
+        assert closed.result(10) is True
+    assert file.written == 1
 
 
 def test_unwritable_path_is_a_clear_error(tmp_path: Path) -> None:
