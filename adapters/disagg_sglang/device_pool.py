@@ -2,8 +2,8 @@
 
 SGLang hands pages over when the forward pass that filled them has ended (it has read the sampled
 token by then), and gives pages to a request before anything of it runs; so a stream of one's own
-needs no event to wait for, only an end before SGLang is told. The arithmetic is the same on every
-device and is tested on CPU tensors. Loaded inside the engine only.
+needs no event to wait for, only an end of each write before the caller goes on. The arithmetic is
+the same on every device and is tested on CPU tensors. Loaded inside the engine only.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class DevicePool:
         staged = self._on_device(np.frombuffer(rows, np.uint8).reshape(-1, 2, self._page_bytes))
         for c, buffer in enumerate(self._layers[layer]):
             self._pages(buffer).index_copy_(0, index, staged[:, c])
+        self._wait()
 
     def scatter_canonical(
         self,
@@ -95,9 +96,10 @@ class DevicePool:
         index = self._index(slots)
         for c, buffer in enumerate(self._layers[layer]):
             buffer.view(element)[:, first_head:end_head].index_copy_(0, index, source[c])
+        self._wait()
 
-    def finish(self) -> None:
-        """Return once everything this thread wrote is in the pool."""
+    def _wait(self) -> None:
+        """Return once what this thread wrote is in the pool: pages may be taken back after that."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 

@@ -48,8 +48,7 @@ class HostPool:
         device = k_buffers[0].device
         if device.type != "cpu":
             raise UnsupportedEngineError(
-                f"SGLang's KV pool is on {device}: this release hands over pools in host memory "
-                "only"
+                f"SGLang's KV pool is on {device}: a host pool needs buffers in host memory"
             )
         self.layout = layout
         self._page_bytes = layout.row_bytes // 2
@@ -120,12 +119,9 @@ class HostPool:
             target = tokens[:, first_head * head_bytes : end_head * head_bytes].view(token)[:, 0]
             target[slots] = source[c]
 
-    def finish(self) -> None:
-        """Return once everything written is in the pool: host copies are at once."""
-
 
 class Scatter(Protocol):
-    """The pages that are written."""
+    """The pages that are written: when a call returns, its bytes are there."""
 
     layout: KVLayout
 
@@ -142,10 +138,6 @@ class Scatter(Protocol):
         kv: memoryview,
     ) -> None:
         """Copy canonical KV that starts at the first token of ``page_ids[0]``."""
-        ...
-
-    def finish(self) -> None:
-        """Return once everything this thread wrote is in the pool."""
         ...
 
 
@@ -181,7 +173,6 @@ class PageSink:
         """
         with self._lock:
             self._check_open()
-            self._pool.finish()
             write()
             self._closed = True
 
