@@ -300,9 +300,7 @@ class Gateway:
 
     def _decide_alike(self, profile: RequestProfile, view: FleetView, why: str) -> Decision:
         """Return the route of a request that two engines cannot share: ``why``."""
-        workers = view.workers
-        unlike = {(p.name, d.name): why for p in workers for d in workers if p.engine != d.engine}
-        alike = replace(view, pair_problems={**unlike, **view.pair_problems})
+        alike = self.fleet.alike(view, why)
         with contextlib.suppress(NoCapacityError):
             decision = self._scheduler.decide(profile, alike)
             if isinstance(decision.route, Disaggregated):

@@ -6,11 +6,13 @@ simulator decide with the same code.
 
 from __future__ import annotations
 
+import random
 import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
+from disagg_plugins.policy import DEFAULT_WEIGHTS, PICKERS, SPLIT_RULES
 from disagg_plugins.types import (
     Decision,
     Disaggregated,
@@ -23,7 +25,7 @@ from disagg_plugins.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from disagg_plugins.plugins import PluginHost
     from disagg_plugins.policy import Policy
@@ -41,12 +43,17 @@ class Scheduler:
     Args:
         host: The plugins; told the policy here (``PluginHost.start``).
         policy: The whole policy.
+        seed: Of the random samples of large fleets; None: another one each time.
     """
 
-    def __init__(self, host: PluginHost, policy: Policy) -> None:
+    def __init__(self, host: PluginHost, policy: Policy, *, seed: int | None = None) -> None:
         host.start(policy)
+        rules = policy.scheduler
         self._hooks = host.scheduler
-        self._weights = dict(policy.scheduler.weights)
+        self._weights = {**DEFAULT_WEIGHTS, **rules.weights}
+        self._candidates = rules.candidates
+        self._not_asked = frozenset({*SPLIT_RULES, *PICKERS} - {rules.split.rule, rules.pick})
+        self._random = random.Random(seed).random
         self._lock = threading.Lock()
         self._turn = 0
         self._last_turn: dict[tuple[Role, str], int] = {}
@@ -125,9 +132,8 @@ class Scheduler:
     def _split(self, profile: RequestProfile, fleet: FleetView) -> SplitDecision:
         if profile.unsplittable is not None:
             return SplitDecision(False, f"cannot be split: {profile.unsplittable}")
-        return self._hooks.select_split(profile, fleet) or SplitDecision(
-            False, "no plugin asked for a split"
-        )
+        decision = self._hooks.select_split(profile, fleet, without=self._not_asked)
+        return decision or SplitDecision(False, "no plugin asked for a split")
 
     def _worker(
         self,
@@ -143,19 +149,51 @@ class Scheduler:
         Workers that are not ``able`` are left out. ``other`` holds the other role of this request:
         among equals it comes last.
         """
-        candidates = tuple(filter(able, fleet.serving(role)))
-        if not candidates:
-            return None, f"no healthy {role} worker"
-        workers, left_out_by = self._hooks.filter_workers(profile, role, candidates, fleet)
+        serving = fleet.serving(role)
+        workers: tuple[Worker, ...] = ()
+        if len(serving) > self._candidates:
+            workers, _ = self._left(profile, role, self._sample(profile, role, fleet), able, fleet)
         if not workers:
-            return None, f"no {role} worker left by {', '.join(left_out_by)}"
+            workers, why = self._left(profile, role, serving, able, fleet)
+            if not workers:
+                return None, why
         scored = self._hooks.score_workers(profile, role, workers, fleet, self._weights)
-        name = self._hooks.select_worker(profile, role, scored)
+        name = self._hooks.select_worker(profile, role, scored, without=self._not_asked)
         with self._lock:
             if name is None:
                 name = self._best(role, scored, None if other is None else other.name)
             self._chosen(role, name, fleet)
         return next(worker for worker in workers if worker.name == name), ""
+
+    def _left(
+        self,
+        profile: RequestProfile,
+        role: Role,
+        workers: Sequence[Worker],
+        able: Callable[[Worker], bool],
+        fleet: FleetView,
+    ) -> tuple[tuple[Worker, ...], str]:
+        """Return the workers that are able and left by all filters, or none and why."""
+        candidates = tuple(filter(able, workers))
+        if not candidates:
+            return (), f"no healthy {role} worker"
+        left, left_out_by = self._hooks.filter_workers(profile, role, candidates, fleet)
+        return left, f"no {role} worker left by {', '.join(left_out_by)}"
+
+    def _sample(self, profile: RequestProfile, role: Role, fleet: FleetView) -> list[Worker]:
+        """Return random workers of a role and the nominated ones, each once.
+
+        The best of a few random choices is nearly as good as the best of all, and herds less:
+        Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001.
+        """
+        serving, draw = fleet.serving(role), self._random
+        drawn = [serving[int(draw() * len(serving))] for _ in range(self._candidates)]
+        found = {worker.name: worker for worker in drawn}
+        for name in self._hooks.nominate_workers(profile, role, fleet, self._weights):
+            worker = fleet.worker(name)
+            if worker is not None and worker.role.serves(role) and fleet.load(worker).healthy:
+                found[name] = worker
+        return list(found.values())
 
     def _best(self, role: Role, scored: Mapping[str, float], other: str | None) -> str:
         if len(scored) == 1:
@@ -186,7 +224,6 @@ class Pairs:
 
     def __init__(self, fleet: FleetView) -> None:
         self._fleet = fleet
-        self._prefills = [w for w in fleet.serving(Role.PREFILL) if w.handoffs]
         self.problem = ""
 
     def fit(self, prefill: Worker, decode: Worker) -> bool:
@@ -199,4 +236,6 @@ class Pairs:
         """Return whether some prefill worker can hand over to ``decode``."""
         if not decode.handoffs:
             return False
-        return not self._fleet.pair_problems or any(self.fit(p, decode) for p in self._prefills)
+        if not self._fleet.pair_problems:
+            return True
+        return any(self.fit(p, decode) for p in self._fleet.serving(Role.PREFILL))

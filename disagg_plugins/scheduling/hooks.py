@@ -19,6 +19,9 @@ from disagg_plugins.types import (
 
 T = TypeVar("T")
 
+MAX_NOMINEES = 16
+"""Of one plugin, for one request: every one of them costs a filter and a score."""
+
 NEUTRAL_SCORE = 0.5
 """Given where no plugin has an opinion."""
 
@@ -36,12 +39,35 @@ class SchedulerHooks:
         )
         return None if found is None else found[1]
 
-    def select_split(self, profile: RequestProfile, fleet: FleetView) -> SplitDecision | None:
+    def select_split(
+        self, profile: RequestProfile, fleet: FleetView, *, without: Collection[str] = ()
+    ) -> SplitDecision | None:
         """Return the first decision; None when nobody has an opinion."""
         found = self._calls.first(
-            "disagg_select_split", _instance(SplitDecision), {"profile": profile, "fleet": fleet}
+            "disagg_select_split",
+            _instance(SplitDecision),
+            {"profile": profile, "fleet": fleet},
+            without=without,
         )
         return None if found is None else found[1]
+
+    def nominate_workers(
+        self,
+        profile: RequestProfile,
+        role: Role,
+        fleet: FleetView,
+        weights: Mapping[str, float],
+    ) -> tuple[str, ...]:
+        """Return the names of all nominated workers, each once."""
+        if not self._calls.asks("disagg_nominate_workers"):
+            return ()
+        answers = self._calls.every(
+            "disagg_nominate_workers",
+            _names,
+            {"profile": profile, "role": role, "fleet": fleet},
+            without=_weightless(weights),
+        )
+        return tuple(dict.fromkeys(name for _, names in answers for name in names))
 
     def filter_workers(
         self, profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
@@ -79,7 +105,12 @@ class SchedulerHooks:
         return {name: _mean([(w, s[name]) for w, s in weighted if name in s]) for name in names}
 
     def select_worker(
-        self, profile: RequestProfile, role: Role, scored: Mapping[str, float]
+        self,
+        profile: RequestProfile,
+        role: Role,
+        scored: Mapping[str, float],
+        *,
+        without: Collection[str] = (),
     ) -> str | None:
         """Return the first valid answer, a key of ``scored``, or None."""
         if not self._calls.asks("disagg_select_worker"):
@@ -91,7 +122,7 @@ class SchedulerHooks:
             return answer
 
         arguments = {"profile": profile, "role": role, "scored": MappingProxyType(dict(scored))}
-        found = self._calls.first("disagg_select_worker", check, arguments)
+        found = self._calls.first("disagg_select_worker", check, arguments, without=without)
         return None if found is None else found[1]
 
     def score_queue(self, profile: RequestProfile, weights: Mapping[str, float]) -> float:
@@ -118,6 +149,17 @@ def _instance(kind: type[T]) -> Callable[[object], T]:
         return answer
 
     return check
+
+
+def _names(answer: object) -> Sequence[str]:
+    if not isinstance(answer, Sequence) or isinstance(answer, (str, bytes)):
+        raise NonsenseError(f"answered {type(answer).__name__}, not a list of names")
+    if len(answer) > MAX_NOMINEES:
+        raise NonsenseError(f"nominated {len(answer)} workers, more than {MAX_NOMINEES}")
+    for name in answer:
+        if not isinstance(name, str):
+            raise NonsenseError(f"nominated a {type(name).__name__}, not a name")
+    return answer
 
 
 def _worker_names(answer: object, allowed: Collection[str]) -> set[str]:
