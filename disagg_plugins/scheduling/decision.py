@@ -224,10 +224,13 @@ class Pairs:
 
     def __init__(self, fleet: FleetView) -> None:
         self._fleet = fleet
+        self._any = bool(fleet.pair_problems)
         self.problem = ""
 
     def fit(self, prefill: Worker, decode: Worker) -> bool:
         """Return whether these two can share a handoff."""
+        if not self._any:
+            return prefill.handoffs
         problem = self._fleet.pair_problem(prefill, decode)
         self.problem = problem or self.problem
         return problem is None and prefill.handoffs
@@ -236,6 +239,6 @@ class Pairs:
         """Return whether some prefill worker can hand over to ``decode``."""
         if not decode.handoffs:
             return False
-        if not self._fleet.pair_problems:
+        if not self._any:
             return True
         return any(self.fit(p, decode) for p in self._fleet.serving(Role.PREFILL))

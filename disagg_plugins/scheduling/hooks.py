@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
+from operator import is_
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -73,16 +74,17 @@ class SchedulerHooks:
         self, profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
     ) -> tuple[tuple[Worker, ...], tuple[str, ...]]:
         """Return the workers that every plugin keeps, and the plugins that left some out."""
-        by_name = {worker.name: worker for worker in workers}
         arguments = {"profile": profile, "role": role, "workers": workers, "fleet": fleet}
         left_out_by = []
-        kept = set(by_name)
+        kept: set[str] | None = None  # None: all
         for plugin, names in self._calls.every(
-            "disagg_filter_workers", lambda answer: _worker_names(answer, by_name), arguments
+            "disagg_filter_workers", lambda answer: _kept_names(answer, workers), arguments
         ):
-            if len(names) < len(by_name):
+            if names is not None and len(names) < len(workers):
                 left_out_by.append(plugin)
-            kept &= names
+                kept = names if kept is None else kept & names
+        if kept is None:
+            return tuple(workers), ()
         return tuple(w for w in workers if w.name in kept), tuple(left_out_by)
 
     def score_workers(
@@ -94,15 +96,23 @@ class SchedulerHooks:
         weights: Mapping[str, float],
     ) -> dict[str, float]:
         """Return each worker's weighted mean score, neutral where nobody has an opinion."""
-        names = [worker.name for worker in workers]
+        totals = {worker.name: 0.0 for worker in workers}
         answers = self._calls.every(
             "disagg_score_workers",
-            lambda answer: _scores(answer, names),
+            lambda answer: _scores(answer, totals),
             {"profile": profile, "role": role, "workers": workers, "fleet": fleet},
             without=_weightless(weights),
         )
-        weighted = [(weights.get(plugin, 1.0), scores) for plugin, scores in answers]
-        return {name: _mean([(w, s[name]) for w, s in weighted if name in s]) for name in names}
+        weights_of = dict.fromkeys(totals, 0.0)
+        for plugin, scores in answers:
+            weight = weights.get(plugin, 1.0)
+            for name, score in scores.items():
+                totals[name] += weight * score
+                weights_of[name] += weight
+        return {
+            name: total / weights_of[name] if weights_of[name] else NEUTRAL_SCORE
+            for name, total in totals.items()
+        }
 
     def select_worker(
         self,
@@ -160,6 +170,13 @@ def _names(answer: object) -> Sequence[str]:
         if not isinstance(name, str):
             raise NonsenseError(f"nominated a {type(name).__name__}, not a name")
     return answer
+
+
+def _kept_names(answer: object, workers: Sequence[Worker]) -> set[str] | None:
+    """Return the names a filter kept, or None for all, which is the usual and cheap case."""
+    if type(answer) is list and len(answer) == len(workers) and all(map(is_, answer, workers)):
+        return None
+    return _worker_names(answer, {worker.name for worker in workers})
 
 
 def _worker_names(answer: object, allowed: Collection[str]) -> set[str]:
