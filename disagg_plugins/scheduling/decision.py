@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.policy import DEFAULT_WEIGHTS, PICKERS, SPLIT_RULES
+from disagg_plugins.scheduling.trace import CORE, Trace
 from disagg_plugins.types import (
     Decision,
     Disaggregated,
@@ -58,34 +59,42 @@ class Scheduler:
         self._turn = 0
         self._last_turn: dict[tuple[Role, str], int] = {}
 
-    def decide(self, profile: RequestProfile, fleet: FleetView) -> Decision:
+    def decide(
+        self, profile: RequestProfile, fleet: FleetView, trace: Trace | None = None
+    ) -> Decision:
         """Return the route of a request and why it was chosen.
+
+        Args:
+            profile: The request.
+            fleet: The workers and their loads.
+            trace: Takes every step and what plugins said.
 
         Raises:
             NoCapacityError: The request is refused, or no decode worker can take it.
         """
-        refusal = self._hooks.select_admission(profile, fleet)
+        trace = Trace() if trace is None else trace
+        refusal = self._hooks.select_admission(profile, fleet, trace)
         if refusal is not None:
             raise NoCapacityError(
                 refusal.reason, retry_after_s=refusal.retry_after_s, status=refusal.status
             )
-        split = self._split(profile, fleet)
+        split = self._split(profile, fleet, trace)
         if not split.split:
-            whole, problem = self._worker(profile, Role.DECODE, fleet, serves_whole)
+            whole, problem = self._worker(profile, Role.DECODE, fleet, serves_whole, trace)
             if whole is not None:
                 return Decision(Local(whole), split.reason)
             split = self._forced(profile, fleet, split, problem)
         pairs = Pairs(fleet)
-        decode, problem = self._worker(profile, Role.DECODE, fleet, pairs.has_prefill)
+        decode, problem = self._worker(profile, Role.DECODE, fleet, pairs.has_prefill, trace)
         prefill: Worker | None = None
         if decode is not None:
             prefill, problem = self._worker(
-                profile, Role.PREFILL, fleet, partial(pairs.fit, decode=decode), other=decode
+                profile, Role.PREFILL, fleet, partial(pairs.fit, decode=decode), trace, other=decode
             )
         if decode is None or prefill is None:
             problem = f"split is off: {pairs.problem}" if pairs.problem else problem
             if decode is None or not decode.whole:
-                decode, why = self._worker(profile, Role.DECODE, fleet, serves_whole)
+                decode, why = self._worker(profile, Role.DECODE, fleet, serves_whole, trace)
                 problem = problem if pairs.problem or fleet.serving(Role.DECODE) else why
             if decode is None:
                 raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S)
@@ -129,10 +138,10 @@ class Scheduler:
         """Tell the plugins how a request ended."""
         self._hooks.on_request_end(record)
 
-    def _split(self, profile: RequestProfile, fleet: FleetView) -> SplitDecision:
+    def _split(self, profile: RequestProfile, fleet: FleetView, trace: Trace) -> SplitDecision:
         if profile.unsplittable is not None:
             return SplitDecision(False, f"cannot be split: {profile.unsplittable}")
-        decision = self._hooks.select_split(profile, fleet, without=self._not_asked)
+        decision = self._hooks.select_split(profile, fleet, trace, without=self._not_asked)
         return decision or SplitDecision(False, "no plugin asked for a split")
 
     def _worker(
@@ -141,6 +150,7 @@ class Scheduler:
         role: Role,
         fleet: FleetView,
         able: Callable[[Worker], bool],
+        trace: Trace,
         *,
         other: Worker | None = None,
     ) -> tuple[Worker | None, str]:
@@ -152,17 +162,19 @@ class Scheduler:
         serving = fleet.serving(role)
         workers: tuple[Worker, ...] = ()
         if len(serving) > self._candidates:
-            workers, _ = self._left(profile, role, self._sample(profile, role, fleet), able, fleet)
+            sample = self._sample(profile, role, fleet, trace)
+            workers, _ = self._left(profile, role, sample, able, fleet, trace)
         if not workers:
-            workers, why = self._left(profile, role, serving, able, fleet)
+            workers, why = self._left(profile, role, serving, able, fleet, trace)
             if not workers:
                 return None, why
-        scored = self._hooks.score_workers(profile, role, workers, fleet, self._weights)
-        name = self._hooks.select_worker(profile, role, scored, without=self._not_asked)
+        scored = self._hooks.score_workers(profile, role, workers, fleet, self._weights, trace)
+        name = self._hooks.select_worker(profile, role, scored, trace, without=self._not_asked)
         with self._lock:
             if name is None:
                 name = self._best(role, scored, None if other is None else other.name)
             self._chosen(role, name, fleet)
+        trace.note("chosen", role, ((CORE, name),))
         return next(worker for worker in workers if worker.name == name), ""
 
     def _left(
@@ -172,15 +184,18 @@ class Scheduler:
         workers: Sequence[Worker],
         able: Callable[[Worker], bool],
         fleet: FleetView,
+        trace: Trace,
     ) -> tuple[tuple[Worker, ...], str]:
         """Return the workers that are able and left by all filters, or none and why."""
         candidates = tuple(filter(able, workers))
         if not candidates:
             return (), f"no healthy {role} worker"
-        left, left_out_by = self._hooks.filter_workers(profile, role, candidates, fleet)
+        left, left_out_by = self._hooks.filter_workers(profile, role, candidates, fleet, trace)
         return left, f"no {role} worker left by {', '.join(left_out_by)}"
 
-    def _sample(self, profile: RequestProfile, role: Role, fleet: FleetView) -> list[Worker]:
+    def _sample(
+        self, profile: RequestProfile, role: Role, fleet: FleetView, trace: Trace
+    ) -> list[Worker]:
         """Return random workers of a role and the nominated ones, each once.
 
         The best of a few random choices is nearly as good as the best of all, and herds less:
@@ -189,7 +204,7 @@ class Scheduler:
         serving, draw = fleet.serving(role), self._random
         drawn = [serving[int(draw() * len(serving))] for _ in range(self._candidates)]
         found = {worker.name: worker for worker in drawn}
-        for name in self._hooks.nominate_workers(profile, role, fleet, self._weights):
+        for name in self._hooks.nominate_workers(profile, role, fleet, self._weights, trace):
             worker = fleet.worker(name)
             if worker is not None and worker.role.serves(role) and fleet.load(worker).healthy:
                 found[name] = worker

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from disagg_plugins.hook_calls import HookCalls, NonsenseError
+from disagg_plugins.scheduling.trace import CORE, Answers, Trace
 from disagg_plugins.types import (
     FleetView,
     Refusal,
@@ -33,15 +34,25 @@ class SchedulerHooks:
     def __init__(self, calls: HookCalls) -> None:
         self._calls = calls
 
-    def select_admission(self, profile: RequestProfile, fleet: FleetView) -> Refusal | None:
+    def select_admission(
+        self, profile: RequestProfile, fleet: FleetView, trace: Trace | None = None
+    ) -> Refusal | None:
         """Return the first refusal; None admits."""
         found = self._calls.first(
             "disagg_select_admission", _instance(Refusal), {"profile": profile, "fleet": fleet}
         )
-        return None if found is None else found[1]
+        if found is None:
+            return None
+        _note(trace, "admission", None, (found,))
+        return found[1]
 
     def select_split(
-        self, profile: RequestProfile, fleet: FleetView, *, without: Collection[str] = ()
+        self,
+        profile: RequestProfile,
+        fleet: FleetView,
+        trace: Trace | None = None,
+        *,
+        without: Collection[str] = (),
     ) -> SplitDecision | None:
         """Return the first decision; None when nobody has an opinion."""
         found = self._calls.first(
@@ -50,7 +61,10 @@ class SchedulerHooks:
             {"profile": profile, "fleet": fleet},
             without=without,
         )
-        return None if found is None else found[1]
+        if found is None:
+            return None
+        _note(trace, "split", None, (found,))
+        return found[1]
 
     def nominate_workers(
         self,
@@ -58,6 +72,7 @@ class SchedulerHooks:
         role: Role,
         fleet: FleetView,
         weights: Mapping[str, float],
+        trace: Trace | None = None,
     ) -> tuple[str, ...]:
         """Return the names of all nominated workers, each once."""
         if not self._calls.asks("disagg_nominate_workers"):
@@ -68,18 +83,26 @@ class SchedulerHooks:
             {"profile": profile, "role": role, "fleet": fleet},
             without=_weightless(weights),
         )
+        _note(trace, "nominate", role, answers)
         return tuple(dict.fromkeys(name for _, names in answers for name in names))
 
     def filter_workers(
-        self, profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
+        self,
+        profile: RequestProfile,
+        role: Role,
+        workers: Sequence[Worker],
+        fleet: FleetView,
+        trace: Trace | None = None,
     ) -> tuple[tuple[Worker, ...], tuple[str, ...]]:
         """Return the workers that every plugin keeps, and the plugins that left some out."""
         arguments = {"profile": profile, "role": role, "workers": workers, "fleet": fleet}
         left_out_by = []
         kept: set[str] | None = None  # None: all
-        for plugin, names in self._calls.every(
+        answers = self._calls.every(
             "disagg_filter_workers", lambda answer: _kept_names(answer, workers), arguments
-        ):
+        )
+        _note(trace, "filter", role, answers)
+        for plugin, names in answers:
             if names is not None and len(names) < len(workers):
                 left_out_by.append(plugin)
                 kept = names if kept is None else kept & names
@@ -94,6 +117,7 @@ class SchedulerHooks:
         workers: Sequence[Worker],
         fleet: FleetView,
         weights: Mapping[str, float],
+        trace: Trace | None = None,
     ) -> dict[str, float]:
         """Return each worker's weighted mean score, neutral where nobody has an opinion."""
         totals = {worker.name: 0.0 for worker in workers}
@@ -103,22 +127,26 @@ class SchedulerHooks:
             {"profile": profile, "role": role, "workers": workers, "fleet": fleet},
             without=_weightless(weights),
         )
+        _note(trace, "score", role, answers)
         weights_of = dict.fromkeys(totals, 0.0)
         for plugin, scores in answers:
             weight = weights.get(plugin, 1.0)
             for name, score in scores.items():
                 totals[name] += weight * score
                 weights_of[name] += weight
-        return {
+        combined = {
             name: total / weights_of[name] if weights_of[name] else NEUTRAL_SCORE
             for name, total in totals.items()
         }
+        _note(trace, "combined", role, ((CORE, combined),))
+        return combined
 
     def select_worker(
         self,
         profile: RequestProfile,
         role: Role,
         scored: Mapping[str, float],
+        trace: Trace | None = None,
         *,
         without: Collection[str] = (),
     ) -> str | None:
@@ -133,7 +161,10 @@ class SchedulerHooks:
 
         arguments = {"profile": profile, "role": role, "scored": MappingProxyType(dict(scored))}
         found = self._calls.first("disagg_select_worker", check, arguments, without=without)
-        return None if found is None else found[1]
+        if found is None:
+            return None
+        _note(trace, "select", role, (found,))
+        return found[1]
 
     def score_queue(self, profile: RequestProfile, weights: Mapping[str, float]) -> float:
         """Return how urgent a waiting request is, from 0 to 1."""
@@ -150,6 +181,11 @@ class SchedulerHooks:
     def on_request_end(self, record: Mapping[str, object]) -> None:
         """Tell every plugin how a request ended; they cannot change the record."""
         self._calls.tell("disagg_on_request_end", {"record": MappingProxyType(dict(record))})
+
+
+def _note(trace: Trace | None, step: str, role: Role | None, answers: Answers) -> None:
+    if trace is not None and answers:
+        trace.note(step, role, answers)
 
 
 def _instance(kind: type[T]) -> Callable[[object], T]:

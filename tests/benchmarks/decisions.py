@@ -115,9 +115,7 @@ def rate(size: int, candidates: int, rule: str, seconds_s: float, seed: int) -> 
                 state.end(*running.popleft())
             done += 1
             if done % 512 == 0 and done > warm:
-                loads = [
-                    s.requests for s in state.states.values() if s.worker.role is Role.DECODE
-                ]
+                loads = [s.requests for s in state.states.values() if s.worker.role is Role.DECODE]
                 peaks.append(max(loads) / statistics.fmean(loads))
         if host.counts:
             raise RuntimeError(f"plugins failed: {host.counts}")
