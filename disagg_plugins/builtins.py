@@ -10,6 +10,8 @@ from disagg_plugins.plugin_loading import Candidate
 
 BUILTINS = {
     "capacity": "disagg_plugins.scheduling.capacity:Capacity",
+    "slo-admission": "disagg_plugins.scheduling.slo_admission:SloAdmission",
+    "prefill-slots": "disagg_plugins.scheduling.prefill_slots:PrefillSlots",
     "least-loaded": "disagg_plugins.scheduling.least_loaded:LeastLoaded",
     "threshold": "disagg_plugins.scheduling.threshold:Threshold",
     "preferred-transport": "disagg_plugins.handoff.choice:PreferredTransport",

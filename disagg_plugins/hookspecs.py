@@ -205,7 +205,8 @@ def disagg_select_admission(profile: RequestProfile, fleet: FleetView) -> Refusa
     """Refuse a request, or let it pass.
 
     Called in: the gateway and the simulator.
-    How often: once a request, first of all.
+    How often: once a request, first of all; not again when it is decided again, because it waited
+    or a worker failed it. ``profile.queued_tokens`` says what waits before it.
     Answers: the first refusal wins; one plugin cannot admit what another refuses.
 
     Returns:
@@ -339,10 +340,14 @@ def disagg_select_split(profile: RequestProfile, fleet: FleetView) -> SplitDecis
 def disagg_score_queue(profile: RequestProfile) -> float | None:
     """Say how urgent a request is that waits for a prefill worker, from 0 to 1.
 
+    Priorities and the shares of tenants come before it; ``scheduler.queue.order`` of the policy
+    decides between equal scores. Who has waited ``scheduler.queue.ageing_s`` goes first whatever
+    the score, so that a low one is no sentence.
+
     Called in: the gateway and the simulator.
     How often: once a request, when it starts to wait.
-    Answers: all; weighted mean as for workers. Higher scores are read first, equals in order of
-    arrival.
+    Answers: all; weighted mean as for workers, 0.5 where nobody has an opinion. Higher scores are
+    read first.
 
     Returns:
         A score in [0, 1]; None: no opinion.

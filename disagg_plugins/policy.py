@@ -167,6 +167,82 @@ class SplitPolicy(Section):
     )
 
 
+class QueuePolicy(Section):
+    """How requests wait for a prefill worker."""
+
+    order: Literal["fifo", "shortest", "deadline"] = Field(
+        default="fifo",
+        description="Of requests of one priority and tenant: by arrival, by prompt length, or by "
+        "arrival plus the TTFT bound of the SLO class.",
+    )
+    prefills_per_worker: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_536,
+        description="Prompts that a prefill worker reads at once; more wait at the gateway. None: "
+        "as many as the worker's capacity.",
+    )
+    max_waiting: int = Field(
+        default=1024,
+        ge=0,
+        le=65_536,
+        description="Requests that wait; more get 503. 0: nobody waits, and what finds every "
+        "prefill worker taken stays on a decode worker.",
+    )
+    max_wait_s: Seconds = Field(
+        default=2.0,
+        description="Then the request is not split: a decode worker does all of it, or it gets "
+        "429 or 503 where none can.",
+    )
+    ageing_s: Seconds = Field(
+        default=1.0,
+        description="Who has waited this long goes before all who have not, whatever the order.",
+    )
+
+
+TenantName = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class TenantPolicy(Section):
+    """What one tenant may have; the tenant ``*`` stands for each that is not named."""
+
+    max_requests: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="In flight; more get 429. None: any number."
+    )
+    prompt_tokens_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e12,
+        description="Prompt tokens a second over time; more get 429. None: any number.",
+    )
+    burst_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompt tokens at once after a pause. None: ten seconds' worth.",
+    )
+    weight: float = Field(
+        default=1.0,
+        ge=0.001,
+        le=1000,
+        description="Share of the prefill slots that are waited for, by prompt tokens.",
+    )
+    priority: int = Field(
+        default=0, ge=-1000, le=1000, description="Added to that of the SLO class."
+    )
+
+
+class AdmissionPolicy(Section):
+    """When a request is refused at once."""
+
+    refuse_over: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="Refuse when every predicted TTFT is over so many times the SLO class's. "
+        "None: never.",
+    )
+
+
 DEFAULT_WEIGHTS = {
     "least-loaded": 1.0,
     "prefix-affinity": 0.0,
@@ -199,6 +275,14 @@ class SchedulerPolicy(Section):
         description="Which of the scored workers is taken: the best, the better of two at random, "
         "or one at random by its score.",
     )
+    queue: QueuePolicy = QueuePolicy()
+    tenants: dict[TenantName, TenantPolicy] = Field(
+        default_factory=dict,
+        max_length=4096,
+        description="Tenant -> its limits and share. The tenant is the header x-disagg-tenant, "
+        "else the field `user`. Without any, all requests wait as one tenant's.",
+    )
+    admission: AdmissionPolicy = AdmissionPolicy()
     chars_per_token: float = Field(
         default=4.0, gt=0.1, le=100, description="Estimate of prompt length for text prompts."
     )

@@ -62,6 +62,12 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
         yield "no worker has the role prefill or both: no request will be split"
     else:
         yield "the only worker that could read prompts also writes the answers: nothing is split"
+    queue = policy.scheduler.queue
+    if queue.order != "fifo" and queue.ageing_s >= queue.max_wait_s:
+        yield (
+            f"scheduler.queue.ageing_s ({queue.ageing_s:g}) is not below max_wait_s "
+            f"({queue.max_wait_s:g}): nobody waits long enough to go first"
+        )
     if policy.handoff.ticket_s < policy.gateway.prefill_s:
         yield (
             f"handoff.ticket_s ({policy.handoff.ticket_s:g}) is shorter than gateway.prefill_s "
@@ -107,6 +113,7 @@ def _sentences(policy: Policy) -> Iterator[str]:
         )
     else:
         yield "No request is split: there are no two workers for the two phases."
+    yield from _queue_sentences(policy)
     yield "Among workers the least loaded is chosen; equals take turns."
     for plugin, weight in sorted(policy.scheduler.weights.items()):
         yield f"Scores of plugin {plugin} weigh {weight:g} (others 1)."
@@ -134,6 +141,43 @@ def _sentences(policy: Policy) -> Iterator[str]:
         yield f"Not loaded: {', '.join(plugins.disabled)}."
     if policy.telemetry.records is not None:
         yield f"A record of each request is written to {policy.telemetry.records}."
+
+
+_ORDERS = {
+    "fifo": "in order of arrival",
+    "shortest": "the shortest prompt first",
+    "deadline": "the earliest TTFT bound first",
+}
+
+
+def _queue_sentences(policy: Policy) -> Iterator[str]:
+    rules, queue = policy.scheduler, policy.scheduler.queue
+    if can_split(policy):
+        most = queue.prefills_per_worker
+        bound = "as many prompts at once as its capacity" if most is None else f"{most} at once"
+        yield f"A prefill worker reads {bound}."
+        if queue.max_waiting:
+            yield (
+                f"When all are taken, up to {queue.max_waiting} requests wait at most "
+                f"{queue.max_wait_s:g} s, {_ORDERS[queue.order]}; who has waited "
+                f"{queue.ageing_s:g} s goes before. Then a decode worker does all of it."
+            )
+        else:
+            yield "When all are taken, a decode worker does all of it: nobody waits."
+    for name, tenant in rules.tenants.items():
+        limits = []
+        if tenant.max_requests is not None:
+            limits.append(f"{tenant.max_requests} requests at once")
+        if tenant.prompt_tokens_per_s is not None:
+            limits.append(f"{tenant.prompt_tokens_per_s:g} prompt tokens a second")
+        who = "Each other tenant" if name == "*" else f"Tenant {name}"
+        may = f"may have {' and '.join(limits)}" if limits else "has no limit"
+        yield f"{who} {may}, weight {tenant.weight:g}, priority {tenant.priority:+d}."
+    if rules.admission.refuse_over is not None:
+        yield (
+            f"A request is refused when every predicted TTFT is over "
+            f"{rules.admission.refuse_over:g} times its SLO class's."
+        )
 
 
 def _worker_sentence(worker: WorkerPolicy) -> str:

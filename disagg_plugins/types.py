@@ -177,6 +177,10 @@ class RequestProfile:
         ttft_slo_s: The bound on TTFT that its SLO class sets, in seconds, or None.
         tpot_slo_s: The bound on TPOT that its SLO class sets, in seconds, or None.
         tokens_by: How ``prompt_tokens`` came about: ``ids``, ``tokenizer`` or ``estimate``.
+        admitted: It was admitted before and is decided again: it waited, or a worker failed it.
+        queued_tokens: Prompt tokens that wait at the gateway for a prefill worker, of requests
+            with its priority or a higher one.
+        own_queued_tokens: Prompt tokens that wait there of its own tenant.
     """
 
     request_id: str
@@ -196,6 +200,9 @@ class RequestProfile:
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     tokens_by: Literal["ids", "tokenizer", "estimate"] = "estimate"
+    admitted: bool = False
+    queued_tokens: int = 0
+    own_queued_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +231,13 @@ class Decision:
         route: Where the request goes.
         reason: In words, for the per-request record.
         problem: What keeps workers from sharing a handoff, where that decided; or empty.
+        taken: It is local only because every prefill worker that fits is taken: waiting helps.
     """
 
     route: Route
     reason: str
     problem: str = ""
+    taken: bool = False
 
 
 @dataclass(frozen=True, slots=True)

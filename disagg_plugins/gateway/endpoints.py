@@ -130,6 +130,7 @@ def status_of(gateway: Gateway) -> dict[str, object]:
         "model": gateway.fleet.model(),
         "draining": gateway.draining,
         "in_flight": len(gateway.active),
+        "waiting": len(gateway.entrance),
         "client_connections": len(gateway.connections),
         "handoffs_open": len(gateway.ledger),
         "roles": gateway.fleet.ready(),

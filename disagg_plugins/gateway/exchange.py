@@ -95,6 +95,7 @@ class Exchange:
         self._client = client.answering(self)
         self._parsed = parsed
         self._decision = decision
+        self.tenant = parsed.tenant
         self._shared = shared_headers
         self._route = route
         self._decode = route.decode
@@ -472,6 +473,7 @@ class Exchange:
         on = self._work_on.pop(side, None)
         if on is not None:
             self._gateway.fleet.end(*on)
+            self._gateway.entrance.freed()
         self._calls.pop(side, None)
 
     def _succeeded(self, side: str) -> None:
@@ -484,6 +486,7 @@ class Exchange:
         on = self._work_on.get("decode")
         if on is not None:
             self._work_on["decode"] = (on[0], self._gateway.fleet.prompt_read(*on))
+            self._gateway.entrance.freed()
         self.record.status = 200
         lines = self._lines(self._headers["decode"])
         if self._whole:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.gateway import endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
+from disagg_plugins.gateway.entrance import SHUTTING_DOWN, Entrance, Pending, Ways, tenant_of
 from disagg_plugins.gateway.exchange import Exchange
 from disagg_plugins.gateway.fleet import FleetState
 from disagg_plugins.gateway.health import Prober
@@ -59,6 +61,10 @@ class Decides(Protocol):
 
     def decide(self, profile: RequestProfile, fleet: FleetView) -> Decision:
         """Return the route of a request."""
+        ...
+
+    def queue_score(self, profile: RequestProfile) -> float:
+        """Return how urgent a request is that waits for a prefill worker, from 0 to 1."""
         ...
 
     @property
@@ -131,6 +137,15 @@ class Gateway:
         self.draining = False
         self._changed = asyncio.Event()
         self._scheduler = parts.scheduler
+        ways = Ways(
+            self._decide,
+            self._begin,
+            self._refuse_waiting,
+            parts.scheduler.queue_score,
+            self.fleet.view,
+            self._changed.set,
+        )
+        self.entrance = Entrance(policy.scheduler, self.metrics, ways)
         self._records = parts.records
         self._told_problems: set[str] = set()
         engines = {w.engine for w in workers}
@@ -227,25 +242,46 @@ class Gateway:
             )
             self._check_model(parsed)
             self._check_room()
-            decision = self._decide(self._profile(name, parsed, now_s), parsed.body)
+            tenant = tenant_of(request.headers, parsed.tenant)
+            if tenant != parsed.tenant:
+                parsed = replace(parsed, tenant=tenant)
+            profile = self._profile(name, parsed, now_s)
+            pending = Pending(client, parsed, profile, upstream_headers(request.headers, name))
+            decision = self.entrance.admit(pending)
         except RequestError as exc:
             self.metrics.count("disagg_client_errors", (str(exc.status),))
             client.answer(exc.status, exc.body(), JSON + id_line)
             return
         except NoCapacityError as exc:
-            retry = b"retry-after: %d\r\n" % max(1, round(exc.retry_after_s))
-            lines = id_line + retry
-            self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines)
+            self._refused(client, exc, id_line)
             return
-        exchange = Exchange(
-            self,
-            client,
-            parsed,
-            decision,
-            request_id=name,
-            shared_headers=upstream_headers(request.headers, name),
-            arrival_s=now_s,
-        )
+        if decision is not None:
+            self._begin(pending, decision)
+
+    def _refused(self, client: ClientConnection, exc: NoCapacityError, id_line: bytes) -> None:
+        lines = id_line + b"retry-after: %d\r\n" % max(1, math.ceil(exc.retry_after_s))
+        self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines)
+
+    def _refuse_waiting(self, pending: Pending, exc: NoCapacityError) -> None:
+        name = pending.profile.request_id.encode("ascii")
+        self._refused(pending.client, exc, b"x-request-id: %b\r\n" % name)
+
+    def _begin(self, pending: Pending, decision: Decision, queue_s: float = 0.0) -> None:
+        """Begin a request that was admitted."""
+        try:
+            exchange = Exchange(
+                self,
+                pending.client,
+                pending.parsed,
+                decision,
+                request_id=pending.profile.request_id,
+                shared_headers=pending.shared_headers,
+                arrival_s=pending.profile.arrival_s,
+            )
+        except BaseException:
+            self.entrance.ended(pending.profile.tenant)
+            raise
+        exchange.record.queue_s = queue_s
         self.active.add(exchange)
         exchange.begin()
 
@@ -261,9 +297,9 @@ class Gateway:
 
     def _check_room(self) -> None:
         if self.draining:
-            raise NoCapacityError("the gateway is shutting down", retry_after_s=5.0)
+            raise NoCapacityError(SHUTTING_DOWN, retry_after_s=5.0)
         bound = self.policy.gateway.max_requests
-        if len(self.active) >= bound:
+        if len(self.active) + len(self.entrance) >= bound:
             raise NoCapacityError(
                 f"{bound} requests are in flight (policy key gateway.max_requests)",
                 retry_after_s=1.0,
@@ -302,10 +338,10 @@ class Gateway:
         """Return the route of a request that two engines cannot share: ``why``."""
         alike = self.fleet.alike(view, why)
         with contextlib.suppress(NoCapacityError):
-            decision = self._scheduler.decide(profile, alike)
+            decision = self._scheduler.decide(replace(profile, admitted=True), alike)
             if isinstance(decision.route, Disaggregated):
                 return decision
-        return self._scheduler.decide(replace(profile, unsplittable=why), view)
+        return self._scheduler.decide(replace(profile, unsplittable=why, admitted=True), view)
 
     def _tell(self, problem: str) -> None:
         if problem not in self._told_problems and len(self._told_problems) < RECENT:
@@ -317,6 +353,7 @@ class Gateway:
         profile = replace(
             self._profile(name, parsed, time.monotonic()),
             unsplittable=f"a retry after worker {failed.name} failed",
+            admitted=True,
         )
         try:
             view = self.fleet.view_for(profile.model, without=failed.name)
@@ -331,12 +368,14 @@ class Gateway:
         self.metrics.count("disagg_failures", (worker, side, kind))
         log.warning("worker %s, %s: %s: %s", worker, side, kind, detail)
         self.fleet.failed(worker, kind, detail)
+        self.entrance.freed()
 
     # Ends
 
     def finished(self, exchange: Exchange, times: Timeline, ref: HandoffRef | None) -> None:
         """A request is over: count it, and record it once the reports are there."""
         self.active.discard(exchange)
+        self.entrance.ended(exchange.tenant)
         self._changed.set()
         now_s = time.monotonic()
         record = exchange.record
@@ -370,6 +409,7 @@ class Gateway:
         """Return how often deadlines are looked at: a quarter of the shortest, within bounds."""
         policy = self.policy.gateway
         shortest_s = min(policy.prefill_s, policy.first_byte_s, policy.idle_s, policy.client_idle_s)
+        shortest_s = min(shortest_s, self.policy.scheduler.queue.max_wait_s)
         return min(0.25, max(0.02, min(shortest_s, self.policy.telemetry.report_wait_s) / 4))
 
     async def watch(self) -> None:
@@ -393,6 +433,7 @@ class Gateway:
                 _safely(self._records.flush_soon)  # it must not wait: the disk may stall
 
     def _enforce(self, now_s: float) -> None:
+        _safely(functools.partial(self.entrance.tick, now_s))
         late = [
             e for e in self.active if now_s > e.decode_deadline_s or now_s > e.prefill_deadline_s
         ]
@@ -424,6 +465,7 @@ class Gateway:
         await asyncio.sleep(0.01)  # connections may have been accepted that are not made yet
         for client in list(self.connections):
             client.close()
+        _safely(self.entrance.close)
         end_s = time.monotonic() + self.policy.gateway.drain_s
         await self._until(lambda: not self.active, end_s)
         for client in list(self.connections):

@@ -49,6 +49,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "disagg_itl_seconds": ("Gaps between streamed chunks.", ("route",)),
     "disagg_tpot_seconds": ("Time per output token after the first.", ("route",)),
     "disagg_e2e_seconds": ("Arrival to the end of the answer.", ("route",)),
+    "disagg_queue_seconds": ("Waits for a prefill worker, by how they ended.", ("end",)),
 }
 
 

@@ -126,6 +126,7 @@ class RequestRecord:
     retries: int = 0
     failures: list[FailureRecord] = field(default_factory=list)
     client_gone: bool = False
+    queue_s: float = 0.0
     gaps_s: list[float] | None = None
 
     def as_dict(self) -> dict[str, object]:

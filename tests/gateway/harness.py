@@ -207,6 +207,7 @@ class Stack:
         gateway = self.gateway
         return (
             not gateway.active
+            and not gateway.entrance
             and all(p.counts()["busy"] == 0 for p in gateway.pools.values())
             and all(s.requests == 0 for s in gateway.fleet.states.values())
             and all(s.prompt_tokens == 0 for s in gateway.fleet.states.values())
@@ -235,6 +236,7 @@ def build_stack(
     dialects: object | None = None,
     model: str | None = None,
     port_of: dict[str, int] | None = None,
+    scheduler: dict[str, object] | None = None,
     **roles: str,
 ) -> Stack:
     """Start engines and a gateway before them: ``p0="prefill", d0="decode"``."""
@@ -262,6 +264,7 @@ def build_stack(
             "fleet": {"workers": workers},
             "scheduler": {
                 "split": {"min_prompt_tokens": min_prompt_tokens},
+                **(scheduler or {}),
             },
             "gateway": {"port": port, "probe_s": 0.1, "drain_s": 2.0, **(gateway or {})},
             "telemetry": {"report_wait_s": 0.2, **(telemetry or {})},
