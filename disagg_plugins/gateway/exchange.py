@@ -88,6 +88,7 @@ class Exchange:
         *,
         request_id: str,
         shared_headers: bytes,
+        answer_headers: bytes,
         arrival_s: float,
     ) -> None:
         route = decision.route
@@ -96,6 +97,7 @@ class Exchange:
         self._parsed = parsed
         self._decision = decision
         self._shared = shared_headers
+        self._answer_headers = answer_headers
         self._route = route
         self._decode = route.decode
         self._ref: HandoffRef | None = None
@@ -497,8 +499,7 @@ class Exchange:
         self._first = b""
 
     def _lines(self, headers: list[Header]) -> bytes:
-        lines = forwarded(headers, NOT_DOWNSTREAM)
-        return b"%bx-request-id: %b\r\n" % (lines, self.record.request_id.encode("ascii"))
+        return forwarded(headers, NOT_DOWNSTREAM) + self._answer_headers
 
     def _touch(self, now_s: float) -> None:
         policy = self._gateway.policy.gateway
