@@ -20,6 +20,7 @@ def disagg_register_commands() -> Sequence[Command]:
     from disagg_plugins.cli.doctor import DoctorCommand
     from disagg_plugins.cli.plugins import PluginsCommand
     from disagg_plugins.cli.policy import PolicyCommand
+    from disagg_plugins.cli.profile import ProfileCommand
     from disagg_plugins.cli.serve import ServeCommand
     from disagg_plugins.cli.up import UpCommand
     from disagg_plugins.cli.version import VersionCommand
@@ -29,6 +30,7 @@ def disagg_register_commands() -> Sequence[Command]:
         DoctorCommand(),
         PluginsCommand(),
         PolicyCommand(),
+        ProfileCommand(),
         ServeCommand(),
         UpCommand(),
         VersionCommand(),

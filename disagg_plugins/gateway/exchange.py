@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Concatenate, ParamSpec
@@ -27,6 +27,7 @@ from disagg_plugins.gateway.sse import (
     failed_at_once,
     read_answer,
 )
+from disagg_plugins.gateway.surroundings import NOTHING_CACHED, Surroundings
 from disagg_plugins.gateway.timeline import Timeline
 from disagg_plugins.gateway.upstream import Call
 from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded, header_value, post
@@ -88,8 +89,10 @@ class Exchange:
         request_id: str,
         shared_headers: bytes,
         arrival_s: float,
+        cached_tokens: Mapping[str, int] = NOTHING_CACHED,
     ) -> None:
         route = decision.route
+        self._surroundings = Surroundings(gateway.read_tokens, cached_tokens)
         self._gateway = gateway
         self._client = client.answering(self)
         self._parsed = parsed
@@ -375,6 +378,7 @@ class Exchange:
                 return
         self._bodies["prefill"] = []
         self._succeeded("prefill")
+        self._surroundings.read(self.record, self.record.prefill)
         self._do(self._flow.on(f.PrefillAnswered(published)))
 
     def _relays(self, route: Disaggregated) -> bool:
@@ -452,6 +456,8 @@ class Exchange:
             self.decode_deadline_s = time.monotonic() + gateway.policy.gateway.first_byte_s
         self._bodies[side] = []
         self._sizes_bytes[side] = 0
+        load = gateway.fleet.view().load(worker)
+        self._surroundings.sent(self.record, self._times, side, worker.name, load)
         gateway.fleet.begin(worker.name, prompt_tokens)
         self._tokens_on[side] = (worker.name, prompt_tokens)
         pool = gateway.pools[worker.name]
@@ -479,6 +485,7 @@ class Exchange:
             self._gateway.fleet.prompt_read(*on)
             self._tokens_on["decode"] = (on[0], 0)
         self.record.status = 200
+        self._surroundings.answering(self.record)
         lines = self._lines(self._headers["decode"])
         if self._whole:
             self._client.answer(200, self._first, lines)
@@ -559,6 +566,7 @@ class Exchange:
         record, flow = self.record, self._flow
         record.outcome = outcome
         record.retries = flow.retries
+        self._surroundings.ended(record)
         self.prefill_deadline_s = self.decode_deadline_s = FOREVER
         try:
             if self._sse is not None:

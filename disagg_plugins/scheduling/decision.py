@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
+from disagg_plugins.policy import SPLIT_RULES
 from disagg_plugins.types import (
     Decision,
     Disaggregated,
@@ -47,6 +48,7 @@ class Scheduler:
         host.start(policy)
         self._hooks = host.scheduler
         self._weights = dict(policy.scheduler.weights)
+        self._not_asked = frozenset({*SPLIT_RULES} - {policy.scheduler.split.rule})
         self._lock = threading.Lock()
         self._turn = 0
         self._last_turn: dict[tuple[Role, str], int] = {}
@@ -125,9 +127,8 @@ class Scheduler:
     def _split(self, profile: RequestProfile, fleet: FleetView) -> SplitDecision:
         if profile.unsplittable is not None:
             return SplitDecision(False, f"cannot be split: {profile.unsplittable}")
-        return self._hooks.select_split(profile, fleet) or SplitDecision(
-            False, "no plugin asked for a split"
-        )
+        decision = self._hooks.select_split(profile, fleet, without=self._not_asked)
+        return decision or SplitDecision(False, "no plugin asked for a split")
 
     def _worker(
         self,

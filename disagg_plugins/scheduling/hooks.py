@@ -36,10 +36,15 @@ class SchedulerHooks:
         )
         return None if found is None else found[1]
 
-    def select_split(self, profile: RequestProfile, fleet: FleetView) -> SplitDecision | None:
+    def select_split(
+        self, profile: RequestProfile, fleet: FleetView, *, without: Collection[str] = ()
+    ) -> SplitDecision | None:
         """Return the first decision; None when nobody has an opinion."""
         found = self._calls.first(
-            "disagg_select_split", _instance(SplitDecision), {"profile": profile, "fleet": fleet}
+            "disagg_select_split",
+            _instance(SplitDecision),
+            {"profile": profile, "fleet": fleet},
+            without=without,
         )
         return None if found is None else found[1]
 
@@ -108,7 +113,8 @@ class SchedulerHooks:
 
     def on_request_end(self, record: Mapping[str, object]) -> None:
         """Tell every plugin how a request ended; they cannot change the record."""
-        self._calls.tell("disagg_on_request_end", {"record": MappingProxyType(dict(record))})
+        # not copied: it may be a view that makes its values when they are asked for
+        self._calls.tell("disagg_on_request_end", {"record": MappingProxyType(record)})
 
 
 def _instance(kind: type[T]) -> Callable[[object], T]:
