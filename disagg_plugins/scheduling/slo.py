@@ -2,9 +2,8 @@
 
 Both choices are predicted from what was measured (``prediction``): whole on the best decode worker,
 or read on the best prefill worker and written on a decode worker. Reading a prompt on a worker that
-writes answers delays each of them; the TPOT of a choice is therefore that of the request itself or
-of those already there, whichever is worse. Their own classes are not known here: they are taken to
-have the bounds of this request.
+writes answers delays each of them, and what they lose counts like what the request itself loses.
+Their own classes are not known here: they are taken to have the bounds of this request.
 """
 
 from __future__ import annotations
@@ -34,21 +33,32 @@ class Choice:
 
     Attributes:
         ttft_s: Its TTFT from now.
-        tpot_s: Its TPOT, or that of the answers which it disturbs where that is worse.
+        step_s: Its TPOT, and that of the answers beside it, undisturbed.
+        tpot_s: The TPOT of the answers that its reading disturbs; ``step_s`` where there are none.
+        disturbed: How many these are.
         cost_s: Its whole time, and the delays of the others, in request-seconds.
     """
 
     ttft_s: float
+    step_s: float
     tpot_s: float
+    disturbed: int
     cost_s: float
 
     def excess(self, ttft_slo_s: float | None, tpot_slo_s: float | None) -> float:
-        """Return by what share the worse of both bounds is missed; 0 where both are kept."""
-        worst = 0.0
-        for value_s, bound_s in ((self.ttft_s, ttft_slo_s), (self.tpot_s, tpot_slo_s)):
-            if bound_s is not None:
-                worst = max(worst, value_s / bound_s - 1.0)
-        return worst
+        """Return by what shares bounds are missed because of this choice; 0 where all are kept.
+
+        The share by which this request misses the worse of its two bounds, and for each answer
+        that is disturbed the share by which it misses its bound more than it would anyway: sparing
+        one request a late start is not worth eighteen slow answers.
+        """
+        own = max(_missed(self.ttft_s, ttft_slo_s), _missed(self.step_s, tpot_slo_s))
+        others = _missed(self.tpot_s, tpot_slo_s) - _missed(self.step_s, tpot_slo_s)
+        return own + self.disturbed * others
+
+
+def _missed(value_s: float, bound_s: float | None) -> float:
+    return 0.0 if bound_s is None else max(0.0, value_s / bound_s - 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +184,7 @@ def _choice(
         each = load.output_tokens / load.requests or UNBOUNDED_OUTPUT_TOKENS
         tpot_s += delay_s / each
     cost_s = ttft_s + written * decode.step_s + running * delay_s
-    return Choice(ttft_s, tpot_s, cost_s)
+    return Choice(ttft_s, decode.step_s, tpot_s, running, cost_s)
 
 
 def _best(profile: RequestProfile, choices: Sequence[Choice]) -> Choice | None:

@@ -36,14 +36,15 @@ class Threshold:
         cached = min(tokens, most_cached(profile, fleet))
         left = tokens - cached
         count = f"{tokens}" if profile.prompt_tokens_exact else f"about {tokens}"
-        said = f"{count} prompt tokens"
         if cached:
-            said += f" less {cached} that a decode worker holds"
+            count += f" less {cached} that a decode worker holds, so {left}"
         if left < least:
-            return SplitDecision(False, f"{said}, under the {least} from which splitting pays")
+            return SplitDecision(
+                False, f"{count} prompt tokens, under the {least} from which splitting pays"
+            )
         if not fleet.serving(Role.PREFILL):
             return SplitDecision(False, "no healthy prefill worker")
-        return SplitDecision(True, f"{said}, at least {least}")
+        return SplitDecision(True, f"{count} prompt tokens, at least {least}")
 
 
 def most_cached(profile: RequestProfile, fleet: FleetView) -> int:
