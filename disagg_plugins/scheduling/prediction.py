@@ -14,7 +14,7 @@ I/O.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -56,6 +56,16 @@ SHARES: Mapping[Phase, tuple[float, ...]] = {
 OWN_AFTER = 24
 """Observations of a worker until its own model is asked, not that of its kind: about five for each
 coefficient."""
+
+PATIENT_AFTER = 256
+"""Observations of a worker from which on a part of its requests is enough to follow it."""
+
+ONE_IN = 4
+"""Of the requests of such a worker one in so many is learnt from: the others cost nothing."""
+
+MAX_WAITING = 128
+"""Records kept until a prediction is asked for; older ones are forgotten. One may hold the gaps of a
+long answer, some 10 KiB."""
 
 MAX_WORKERS = 4096
 """Workers with models of their own, as many as a policy may have; the one heard of longest ago goes
@@ -197,12 +207,14 @@ class Model:
             for phase in COEFFICIENTS
         }
         self.reading = 0.0  # prompt tokens read there for each token of an answer, of late
+        self.observations = 0
 
     def __getitem__(self, phase: Phase) -> Regression:
         return self._of[phase]
 
     def observe(self, seen: Observation) -> None:
         """Take one observation."""
+        self.observations += 1
         self._of[seen.phase].observe(seen.features, seen.seconds)
         if seen.phase == "decode":
             self.reading += 0.05 * (seen.features[3] - self.reading)
@@ -230,6 +242,8 @@ class Predictor:
         self.lock = threading.Lock()
         self._forgetting = forgetting
         self._profiled: set[tuple[str, Phase]] = set()
+        self._waiting: deque[Mapping[str, object]] = deque(maxlen=MAX_WAITING)
+        self._turn = 0
         self._kinds: dict[str, Kind] = {}
         self._of_kind: OrderedDict[Kind, Model] = OrderedDict()
         self._of_worker: OrderedDict[str, Model] = OrderedDict()
@@ -254,9 +268,21 @@ class Predictor:
             self._profiled.add((name, phase))
 
     def observe(self, record: Mapping[str, object]) -> None:
-        """Learn from how a request ended (see ``observations``)."""
-        for seen in observations(record):
-            self.learn(seen)
+        """Keep how a request ended (see ``observations``), to learn from when somebody asks."""
+        self._waiting.append(record)
+
+    def catch_up(self) -> None:
+        """Learn from what was observed; to be called before predictions are asked for."""
+        waiting = self._waiting
+        while waiting:
+            record = waiting.popleft()
+            self._turn += 1
+            decode = self._of_worker.get(str(record.get("decode")))
+            patient = decode is not None and decode.observations > PATIENT_AFTER
+            if patient and self._turn % ONE_IN:
+                continue
+            for seen in observations(record):
+                self.learn(seen)
 
     def learn(self, seen: Observation) -> None:
         """Take one observation, for its worker and for the worker's kind."""

@@ -8,6 +8,7 @@ look cheaper. Memory and work are bounded by the number of features, not of obse
 from __future__ import annotations
 
 import math
+from operator import mul, truediv
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,8 +18,9 @@ FORGETTING = 0.995
 """Weight kept by older observations at each new one: about the last 200 count. A worker changes
 with its traffic and its neighbours, within minutes rather than seconds."""
 
-SOLVE_EVERY = 8
-"""New observations until coefficients are computed anew; the first ones count at once."""
+SOLVE_EVERY = 32
+"""New observations until coefficients are computed anew: the costliest part of learning, and far
+fewer than ``FORGETTING`` remembers. The first ones count at once."""
 
 SOLVED_SINGLY = 32
 """The first observations, after each of which the coefficients are computed."""
@@ -68,9 +70,11 @@ class Regression:
         self._scales = tuple(scales)
         self._shares = tuple(shares)
         self._forgetting = forgetting
-        self._matrix = [[0.0] * size for _ in range(size)]
+        self._pairs = [(i, j) for i in range(size) for j in range(i + 1)]
+        self._matrix = [0.0] * len(self._pairs)  # its lower half, in the order of the pairs
         self._vector = [0.0] * size
         self._solution = [0.0] * size
+        self.coefficients = (0.0,) * size  # seconds for one unit of each feature; never negative
         self._unsolved = 0
         self._usual = USUAL_ERROR
         self.seeded = False
@@ -82,11 +86,6 @@ class Regression:
         """Whether there is anything to predict from."""
         return self.seeded or self.observations > 0
 
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        """Return seconds for one unit of each feature; none is negative."""
-        return tuple(c / s for c, s in zip(self._solution, self._scales, strict=True))
-
     def seed(self, coefficients: Sequence[float]) -> None:
         """Start from known coefficients; observations soon outweigh them."""
         self.seeded = True
@@ -95,24 +94,25 @@ class Regression:
             if value > 0.0:
                 # one observation has a relative error of about USUAL_ERROR, so weighs 1 against it
                 known = (USUAL_ERROR / (SEED_ERROR * value)) ** 2
-                self._matrix[i][i] += known
+                self._matrix[self._pairs.index((i, i))] += known
                 self._vector[i] += known * value
+        self._publish()
 
     def predict(self, features: Sequence[float]) -> float:
         """Return the time of these features, in seconds; finite, never negative."""
-        total = 0.0
-        for value, scale, coefficient in zip(features, self._scales, self._solution, strict=True):
-            total += value / scale * coefficient
-        return total
+        return sum(map(mul, features, self.coefficients))
+
+    def _publish(self) -> None:
+        self.coefficients = tuple(map(truediv, self._solution, self._scales))
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
         """Take one observation; what is not finite or negative is left out."""
-        if not (0.0 <= seconds < math.inf and all(0.0 <= f < math.inf for f in features)):
+        if not (0.0 <= seconds < math.inf and 0.0 <= min(features) and sum(features) < math.inf):
             return
-        scaled = [f / s for f, s in zip(features, self._scales, strict=True)]
+        scaled = list(map(truediv, features, self._scales))
         if not self.known:
             self._share_out(scaled, seconds)
-        predicted = sum(map(float.__mul__, scaled, self._solution))
+        predicted = sum(map(mul, scaled, self._solution))
         # Relative errors: a prompt of 10,000 tokens must not drown a hundred short ones.
         unit = max(predicted, LEAST_S)
         if self.observations < WARM:
@@ -139,26 +139,33 @@ class Regression:
                 share / total * seconds / x if x > 0.0 else 0.0
                 for share, x in zip(present, scaled, strict=True)
             ]
+            self._publish()
 
     def _add(self, scaled: Sequence[float], seconds: float, weight: float) -> None:
-        keep, vector = self._forgetting, self._vector
-        for i, value in enumerate(scaled):
-            row, weighted = self._matrix[i], weight * value
-            for j in range(i + 1):
-                row[j] = keep * row[j] + weighted * scaled[j]
-            vector[i] = keep * vector[i] + weighted * seconds
+        keep = self._forgetting
+        weighted = [weight * value for value in scaled]
+        self._matrix = [
+            keep * old + weighted[i] * scaled[j]
+            for old, (i, j) in zip(self._matrix, self._pairs, strict=True)
+        ]
+        self._vector = [
+            keep * old + value * seconds for old, value in zip(self._vector, weighted, strict=True)
+        ]
 
     def solve(self) -> None:
         """Bring the coefficients up to date with the observations."""
         self._unsolved = 0
         size = len(self._vector)
-        matrix = [[self._matrix[max(i, j)][min(i, j)] for j in range(size)] for i in range(size)]
+        matrix = [[0.0] * size for _ in range(size)]
+        for (i, j), value in zip(self._pairs, self._matrix, strict=True):
+            matrix[i][j] = matrix[j][i] = value
         vector = list(self._vector)
         for i in range(size):
             pull = STIFFNESS * matrix[i][i]
             matrix[i][i] += pull
             vector[i] += pull * self._solution[i]
         self._solution = solve_non_negative(matrix, vector, self._solution)
+        self._publish()
 
 
 def solve_non_negative(

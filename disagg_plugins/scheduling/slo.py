@@ -101,6 +101,7 @@ class Slo(UsesPredictor):
             word = "with room" if serving else "that is healthy"
             return SplitDecision(False, f"no prefill worker {word}")
         with self.predictor.lock:
+            self.predictor.catch_up()
             decodes = self._measured(profile, fleet)
             local = self._local(profile, fleet, decodes)
             split = self._split(profile, fleet, prefills, decodes)

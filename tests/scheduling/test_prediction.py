@@ -7,8 +7,10 @@ import random
 import pytest
 
 from disagg_plugins.scheduling.prediction import (
+    MAX_WAITING,
     MAX_WORKERS,
     OWN_AFTER,
+    PATIENT_AFTER,
     Observation,
     Predictor,
     decode_features,
@@ -18,7 +20,7 @@ from disagg_plugins.scheduling.prediction import (
 )
 from disagg_plugins.types import IDLE, Role, Worker, WorkerLoad
 
-# DistServe's OPT-13B on one A100, in seconds: prefill, small-batch decode (base, request, KV token).
+# DistServe's OPT-13B on one A100, in seconds; decode is its line for small batches.
 PREFILL = (0.01646, 9.265e-5, 6.475e-9, 9.265e-5, 0.0)
 DECODE = (0.019935, 3.85e-5, 6.27e-7, 9.265e-5)
 
@@ -180,6 +182,7 @@ def test_one_observation_is_enough_to_predict():
     predictor = Predictor()
     predictor.know(P0)
     predictor.observe(record())
+    predictor.catch_up()
     assert predictor.prefill_s(P0, IDLE, 1000) > 0.0
 
 
@@ -210,3 +213,21 @@ def test_workers_that_come_and_go_do_not_add_up():
 @pytest.mark.parametrize(("bound", "tokens"), [(None, 256), (10, 10), (0, 1), (10**9, 4096)])
 def test_output_is_expected_within_reason(bound, tokens):
     assert expected_output(bound) == tokens
+
+
+def test_records_wait_bounded_until_somebody_asks():
+    predictor = Predictor()
+    for _ in range(5000):
+        predictor.observe(record())
+    assert len(predictor._waiting) == MAX_WAITING
+    predictor.catch_up()
+    assert not predictor._waiting
+
+
+def test_a_worker_that_is_known_well_is_followed_by_a_part_of_its_requests():
+    predictor = Predictor()
+    for _ in range(4 * PATIENT_AFTER):
+        predictor.observe(record())
+        predictor.catch_up()
+    learnt = predictor._of_worker["d0"].observations
+    assert PATIENT_AFTER < learnt < 3 * PATIENT_AFTER
