@@ -92,7 +92,7 @@ class Exchange:
         cached_tokens: Mapping[str, int] = NOTHING_CACHED,
     ) -> None:
         route = decision.route
-        self._surroundings = Surroundings(gateway.read_tokens, cached_tokens)
+        self.surroundings = Surroundings(gateway.read_tokens, cached_tokens)
         self._gateway = gateway
         self._client = client.answering(self)
         self._parsed = parsed
@@ -378,7 +378,7 @@ class Exchange:
                 return
         self._bodies["prefill"] = []
         self._succeeded("prefill")
-        self._surroundings.read(self.record, self.record.prefill)
+        self.surroundings.read(self.record, self.record.prefill)
         self._do(self._flow.on(f.PrefillAnswered(published)))
 
     def _relays(self, route: Disaggregated) -> bool:
@@ -456,8 +456,7 @@ class Exchange:
             self.decode_deadline_s = time.monotonic() + gateway.policy.gateway.first_byte_s
         self._bodies[side] = []
         self._sizes_bytes[side] = 0
-        load = gateway.fleet.view().load(worker)
-        self._surroundings.sent(self.record, self._times, side, worker.name, load)
+        self.surroundings.sent(self.record, self._times, side, worker, gateway.fleet.view())
         gateway.fleet.begin(worker.name, prompt_tokens)
         self._tokens_on[side] = (worker.name, prompt_tokens)
         pool = gateway.pools[worker.name]
@@ -485,7 +484,7 @@ class Exchange:
             self._gateway.fleet.prompt_read(*on)
             self._tokens_on["decode"] = (on[0], 0)
         self.record.status = 200
-        self._surroundings.answering(self.record)
+        self.surroundings.answering(self.record)
         lines = self._lines(self._headers["decode"])
         if self._whole:
             self._client.answer(200, self._first, lines)
@@ -566,7 +565,6 @@ class Exchange:
         record, flow = self.record, self._flow
         record.outcome = outcome
         record.retries = flow.retries
-        self._surroundings.ended(record)
         self.prefill_deadline_s = self.decode_deadline_s = FOREVER
         try:
             if self._sse is not None:

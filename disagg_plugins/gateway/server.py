@@ -380,6 +380,7 @@ class Gateway:
         record = exchange.record
         try:
             times.fill(record, self.metrics, now_s)
+            exchange.surroundings.ended(record)
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))

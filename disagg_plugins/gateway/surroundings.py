@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.telemetry.records import RequestRecord
-    from disagg_plugins.types import WorkerLoad
+    from disagg_plugins.types import FleetView, Worker
 
 NOTHING_CACHED: Mapping[str, int] = MappingProxyType({})
 
@@ -37,21 +37,22 @@ class Surroundings:
         self._before = 0
 
     def sent(
-        self, record: RequestRecord, times: Timeline, side: str, worker: str, load: WorkerLoad
+        self, record: RequestRecord, times: Timeline, side: str, worker: Worker, fleet: FleetView
     ) -> None:
-        """A call is about to be sent to ``worker``, whose ``load`` does not hold it yet."""
+        """A call is about to be sent to ``worker``; ``fleet`` does not know of it yet."""
+        load = fleet.load(worker)
         if record.sent_s is None:
             record.sent_s = monotonic() - times.arrival_s
         if side == "prefill" or record.route == "local":
             record.prefill_queued_tokens = load.prompt_tokens
-            cached = self._cached.get(worker, 0)
+            cached = self._cached.get(worker.name, 0)
             record.prefill_cached_tokens = min(cached, record.prompt_tokens_estimate)
         if side == "prefill":
             record.prefill_requests = load.requests
         else:
             record.decode_requests = load.requests
             record.decode_kv_tokens = load.kv_tokens
-            self._decode = worker
+            self._decode = worker.name
 
     def read(self, record: RequestRecord, worker: str | None) -> None:
         """``worker`` has read the prompt."""

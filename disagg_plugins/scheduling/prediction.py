@@ -64,8 +64,8 @@ ONE_IN = 4
 """Of the requests of such a worker one in so many is learnt from: the others cost nothing."""
 
 MAX_WAITING = 128
-"""Records kept until a prediction is asked for; older ones are forgotten. One may hold the gaps of a
-long answer, some 10 KiB."""
+"""Records kept until a prediction is asked for; older ones are forgotten. One may hold the gaps of
+a long answer, some 10 KiB."""
 
 MAX_WORKERS = 4096
 """Workers with models of their own, as many as a policy may have; the one heard of longest ago goes

@@ -100,7 +100,8 @@ class Regression:
 
     def predict(self, features: Sequence[float]) -> float:
         """Return the time of these features, in seconds; finite, never negative."""
-        return sum(map(mul, features, self.coefficients))
+        total: float = sum(map(mul, features, self.coefficients))
+        return total
 
     def _publish(self) -> None:
         self.coefficients = tuple(map(truediv, self._solution, self._scales))
