@@ -181,13 +181,13 @@ demo: model $(if $(filter vllm,$(ENGINE)),,sglang) ## Split a real model over tw
 compatibility: dev ## Print which pairs of engines the tests of test-engine handed KV over between.
 	$(DEV)/bin/python tests/engines/compatibility.py .run/compatibility.json > migration_guides/compatibility.md
 
-BENCHMARKS := handoff gateway parity engines interference memory transfer
+BENCHMARKS := decisions handoff gateway parity engines interference memory transfer
 BENCH_IN_VLLM := $(filter parity engines interference memory transfer,$(NAME))
 
 bench-name:
 	@[ -n "$(filter $(BENCHMARKS),$(NAME))" ] || { echo "make bench: NAME is one of: $(BENCHMARKS)" >&2; exit 2; }
 
-bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=handoff|gateway|parity|engines|interference|memory|transfer [ARGS=...].
+bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=decisions|handoff|gateway|parity|engines|interference|memory|transfer [ARGS=...].
 	$(if $(BENCH_IN_VLLM),$(VLLM),$(BENCH))/bin/python tests/benchmarks/$(NAME).py $(ARGS)
 
 clean: ## Remove what the targets above made: environments, models, caches.

@@ -181,6 +181,8 @@ class RequestProfile:
         queued_tokens: Prompt tokens that wait at the gateway for a prefill worker, of requests
             with its priority or a higher one.
         own_queued_tokens: Prompt tokens that wait there of its own tenant.
+        cached_tokens: Leading prompt tokens that workers are believed to hold, by worker name;
+            absent workers hold none.
     """
 
     request_id: str
@@ -203,6 +205,7 @@ class RequestProfile:
     admitted: bool = False
     queued_tokens: int = 0
     own_queued_tokens: int = 0
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

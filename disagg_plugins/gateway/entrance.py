@@ -19,11 +19,13 @@ from disagg_plugins.gateway.wire import header_value
 from disagg_plugins.scheduling.prefill_queue import PrefillQueue, Waiting
 from disagg_plugins.scheduling.prefill_slots import has_slot
 from disagg_plugins.scheduling.tenants import MAX_NAME_CHARS, Tenants
+from disagg_plugins.scheduling.trace import Trace
 from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProfile, Role
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.client_connection import ClientConnection
     from disagg_plugins.gateway.dialect import Body
+    from disagg_plugins.gateway.explanations import Explanation
     from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.wire import Header
     from disagg_plugins.policy import SchedulerPolicy
@@ -58,14 +60,23 @@ class Pending:
     Attributes:
         client: Who asked.
         parsed: What was asked.
-        profile: What the scheduler knows of it.
+        explanation: Its profile, and why it goes where it goes.
         shared_headers: Lines for all its calls to workers.
+        answer_headers: Lines of its answer.
+        explained: Whether the client asked for the explanation.
     """
 
     client: ClientConnection
     parsed: ParsedRequest
-    profile: RequestProfile
+    explanation: Explanation
     shared_headers: bytes
+    answer_headers: bytes
+    explained: bool
+
+    @property
+    def profile(self) -> RequestProfile:
+        """Return the request as the scheduler sees it."""
+        return self.explanation.profile
 
 
 class _Wait:
@@ -92,7 +103,7 @@ class Ways:
     """What an entrance needs of its gateway.
 
     Attributes:
-        decide: Returns the route of a request; raises ``NoCapacityError``.
+        decide: Returns the route of a request, and keeps why; raises ``NoCapacityError``.
         begin: Begins a request on its route, after a wait of so many seconds.
         refuse: Answers a request that waited with a refusal.
         score: Returns what plugins say of a request that begins to wait, 0 to 1.
@@ -100,7 +111,7 @@ class Ways:
         changed: Called when a request that waited is gone.
     """
 
-    decide: Callable[[RequestProfile, Body], Decision]
+    decide: Callable[[Explanation, Body], Decision]
     begin: Callable[[Pending, Decision, float], None]
     refuse: Callable[[Pending, NoCapacityError], None]
     score: Callable[[RequestProfile], float]
@@ -116,6 +127,8 @@ class Entrance:
         self._metrics = metrics
         self._ways = ways
         self._tenants = Tenants(rules.tenants)
+        self._limited = bool(rules.tenants)
+        self._inside: dict[object, str | None] = {}
         self._queue: PrefillQueue[_Wait] = PrefillQueue(
             rules.queue.order, ageing_s=rules.queue.ageing_s
         )
@@ -132,7 +145,7 @@ class Entrance:
     def admit(self, pending: Pending) -> Decision | None:
         """Return the route of a request, to begin now; or None: it waits, and begins by itself.
 
-        A request that was admitted must be ``ended`` once, unless its client went while it waited.
+        Who begins a request tells it: it ``began`` and ``ended``, or ``failed``.
 
         Raises:
             NoCapacityError: The request is refused.
@@ -146,19 +159,30 @@ class Entrance:
         try:
             return self._route(pending)
         except BaseException:
-            self._tenants.leave(tenant, tokens)
+            self.failed(pending)
             raise
 
-    def ended(self, tenant: str | None) -> None:
-        """A request that was admitted has ended."""
-        self._tenants.leave(tenant)
+    def began(self, request: object, tenant: str | None) -> None:
+        """A request of ``tenant`` has begun, and is known as ``request`` from now on."""
+        if self._limited:
+            self._inside[request] = tenant
+
+    def ended(self, request: object) -> None:
+        """A request that began has ended; idempotent."""
+        if request in self._inside:
+            self._tenants.leave(self._inside.pop(request))
+
+    def failed(self, pending: Pending) -> None:
+        """A request that was admitted could not begin."""
+        self._tenants.leave(pending.profile.tenant, pending.profile.prompt_tokens)
 
     def _route(self, pending: Pending) -> Decision | None:
-        profile = self._in_its_place(pending.profile)
+        explanation = pending.explanation
+        explanation.profile = profile = self._in_its_place(explanation.profile)
         decision: Decision | None = None
         most = self._rules.max_waiting
         try:
-            decision = self._ways.decide(profile, pending.parsed.body)
+            decision = self._ways.decide(explanation, pending.parsed.body)
         except NoCapacityError as exc:
             if not exc.taken or not most:
                 raise
@@ -174,7 +198,8 @@ class Entrance:
                 "scheduler.queue.max_waiting)",
                 retry_after_s=self._rules.max_wait_s,
             )
-        wait = self._wait(replace(pending, profile=replace(profile, admitted=True)))
+        explanation.profile = replace(profile, admitted=True)
+        wait = self._wait(pending)
         if split:  # there is a slot, but others wait: it must not overtake them
             self._pump()
             if wait.place.here:
@@ -235,7 +260,7 @@ class Entrance:
         """A client went while its request waited."""
         if self._queue.leave(wait.place):
             self._over(wait, "client_gone")
-            self._tenants.leave(wait.pending.profile.tenant, wait.pending.profile.prompt_tokens)
+            self.failed(wait.pending)
 
     def _pump(self) -> None:
         """Give free slots to those whose turn it is."""
@@ -257,7 +282,8 @@ class Entrance:
         """Decide again; True when the request waits no more."""
         pending = wait.pending
         try:
-            decision = self._ways.decide(pending.profile, pending.parsed.body)
+            pending.explanation.trace = Trace()  # of the last decision only: there may be many
+            decision = self._ways.decide(pending.explanation, pending.parsed.body)
         except NoCapacityError as exc:
             if late or exc.status == 400:  # no wait makes it right
                 return self._refuse(wait, exc, "refused")
@@ -282,7 +308,7 @@ class Entrance:
         if not self._queue.leave(wait.place):
             return False
         self._over(wait, end)
-        self._tenants.leave(wait.pending.profile.tenant, wait.pending.profile.prompt_tokens)
+        self.failed(wait.pending)
         self._ways.refuse(wait.pending, exc)
         return True
 

@@ -8,12 +8,16 @@ fleet stays out, with the reason told.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from disagg_plugins.gateway.dialect import Dialect, pair_family, tells_endpoints
 from disagg_plugins.gateway.pairs import Across, PairProblems
 from disagg_plugins.types import Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
+
+if TYPE_CHECKING:
+    from disagg_plugins.telemetry.records import RequestRecord
 
 MAX_KINDS = 64
 """Distinct failure kinds remembered a worker; they come from the gateway's own short list and
@@ -64,6 +68,7 @@ class WorkerState:
     reason: str = "not probed yet"
     models: tuple[str, ...] = ()
     served: int = 0
+    tokens_written: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     last_problem: str = ""
     hello: Mapping[str, object] | None = None
@@ -121,6 +126,7 @@ class FleetState:
         self._unhealthy_after = unhealthy_after
         self._names = {w.name: w for w in workers}
         self._loads = {name: state.load() for name, state in self.states.items()}
+        self.on_freed: Callable[[], object] = bool  # called when a worker may take more
         self._stale: set[str] = set()  # loads to be made anew when somebody looks
         self._ready: dict[Role, Sequence[Worker]] = dict.fromkeys(PHASES, ())
         self._room = dict.fromkeys(PHASES, 0)
@@ -203,6 +209,7 @@ class FleetState:
             state.prompt_tokens -= work.prompt_tokens
             state.prefills -= 1
             self._stale.add(name)
+            self.on_freed()
         return replace(work, prompt_tokens=0)
 
     def end(self, name: str, work: Work) -> None:
@@ -213,6 +220,16 @@ class FleetState:
         state.output_tokens -= work.output_tokens
         state.kv_tokens -= work.context_tokens + work.output_tokens
         self._stale.add(name)
+        self.on_freed()
+
+    def wrote(self, record: RequestRecord) -> None:
+        """A request ended: count its tokens where they were written.
+
+        A stream without usage counts as many tokens as it had pieces.
+        """
+        state = self.states.get(record.decode)
+        if state is not None:
+            state.tokens_written += record.output_tokens or len(record.gaps_s or ()) + 1
 
     def succeeded(self, name: str) -> None:
         """The worker did its part of a request."""

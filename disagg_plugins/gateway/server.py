@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -18,6 +18,7 @@ from disagg_plugins.gateway import endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
 from disagg_plugins.gateway.entrance import SHUTTING_DOWN, Entrance, Pending, Ways, tenant_of
 from disagg_plugins.gateway.exchange import Exchange
+from disagg_plugins.gateway.explanations import Explanation, Explanations
 from disagg_plugins.gateway.fleet import FleetState
 from disagg_plugins.gateway.health import Prober
 from disagg_plugins.gateway.openai import (
@@ -28,9 +29,11 @@ from disagg_plugins.gateway.openai import (
 )
 from disagg_plugins.gateway.pool import WorkerPool
 from disagg_plugins.gateway.refusals import RequestError, error_body
-from disagg_plugins.gateway.wire import request_id, upstream_headers
+from disagg_plugins.gateway.wire import header_value, request_id, upstream_headers
+from disagg_plugins.policy import SloClass
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
+from disagg_plugins.telemetry.records import RecordView
 from disagg_plugins.telemetry.reports import report_key
 from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProfile, Worker
 
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef
     from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.policy import Policy
+    from disagg_plugins.scheduling.trace import Trace
     from disagg_plugins.telemetry.records import RecordFile, RequestRecord
 
 log = logging.getLogger(__name__)
@@ -48,9 +52,15 @@ RECENT = 1000
 FLUSH_S = 0.5
 """How often records are written."""
 
+SLO_CLASS_HEADER = b"x-disagg-slo-class"
+NO_SLO = SloClass()
+
 POOL_SWEEP_S = 5.0
 CLOSING_S = 1.0
 """How long the end waits for sockets that were told to close."""
+
+EXPLAIN = b"x-disagg-explain"
+"""A request with this header is answered with one that tells what decided its route."""
 
 RECORDS_S = 5.0
 """How long the end waits for the disk that takes the last records."""
@@ -59,7 +69,9 @@ RECORDS_S = 5.0
 class Decides(Protocol):
     """What the gateway needs of the scheduler."""
 
-    def decide(self, profile: RequestProfile, fleet: FleetView) -> Decision:
+    def decide(
+        self, profile: RequestProfile, fleet: FleetView, trace: Trace | None = None
+    ) -> Decision:
         """Return the route of a request."""
         ...
 
@@ -133,6 +145,8 @@ class Gateway:
         )
         self.connections: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
+        self.explanations = Explanations()
+        self.read_tokens: Counter[str] = Counter()  # prompt tokens read so far, by worker
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
         self._changed = asyncio.Event()
@@ -146,6 +160,7 @@ class Gateway:
             self._changed.set,
         )
         self.entrance = Entrance(policy.scheduler, self.metrics, ways)
+        self.fleet.on_freed = self.entrance.freed
         self._records = parts.records
         self._told_problems: set[str] = set()
         engines = {w.engine for w in workers}
@@ -233,7 +248,9 @@ class Gateway:
         """Route one completion or chat request."""
         now_s = time.monotonic()
         name = request_id(request.headers)
-        id_line = b"x-request-id: %b\r\n" % name.encode("ascii")
+        lines = b"x-request-id: %b\r\n" % name.encode("ascii")
+        explained = header_value(request.headers, EXPLAIN) is not None
+        explanation: Explanation | None = None
         try:
             parsed = parse_request(
                 request.path.partition(b"?")[0].decode("ascii"),
@@ -242,46 +259,65 @@ class Gateway:
             )
             self._check_model(parsed)
             self._check_room()
+            slo_class = self._slo_class(request)
             tenant = tenant_of(request.headers, parsed.tenant)
             if tenant != parsed.tenant:
                 parsed = replace(parsed, tenant=tenant)
-            profile = self._profile(name, parsed, now_s)
-            pending = Pending(client, parsed, profile, upstream_headers(request.headers, name))
+            explanation = self.explanations.begin(self._profile(name, parsed, now_s, slo_class))
+            shared = upstream_headers(request.headers, name)
+            pending = Pending(client, parsed, explanation, shared, lines, explained)
             decision = self.entrance.admit(pending)
         except RequestError as exc:
             self.metrics.count("disagg_client_errors", (str(exc.status),))
-            client.answer(exc.status, exc.body(), JSON + id_line)
+            client.answer(exc.status, exc.body(), JSON + lines)
             return
         except NoCapacityError as exc:
-            self._refused(client, exc, id_line)
+            if explanation is not None:
+                explanation.refused = exc.problem
+            self._refused(client, exc, lines, explanation if explained else None)
             return
         if decision is not None:
             self._begin(pending, decision)
 
-    def _refused(self, client: ClientConnection, exc: NoCapacityError, id_line: bytes) -> None:
-        lines = id_line + b"retry-after: %d\r\n" % max(1, math.ceil(exc.retry_after_s))
+    def _refused(
+        self,
+        client: ClientConnection,
+        exc: NoCapacityError,
+        lines: bytes,
+        explained: Explanation | None,
+    ) -> None:
+        lines += b"retry-after: %d\r\n" % max(1, math.ceil(exc.retry_after_s))
+        lines += _explain_line(explained) if explained is not None else b""
         self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines)
 
     def _refuse_waiting(self, pending: Pending, exc: NoCapacityError) -> None:
-        name = pending.profile.request_id.encode("ascii")
-        self._refused(pending.client, exc, b"x-request-id: %b\r\n" % name)
+        explanation = pending.explanation
+        explanation.refused = exc.problem
+        explained = explanation if pending.explained else None
+        self._refused(pending.client, exc, pending.answer_headers, explained)
 
     def _begin(self, pending: Pending, decision: Decision, queue_s: float = 0.0) -> None:
         """Begin a request that was admitted."""
+        profile, explanation = pending.profile, pending.explanation
+        lines = pending.answer_headers
         try:
             exchange = Exchange(
                 self,
                 pending.client,
                 pending.parsed,
                 decision,
-                request_id=pending.profile.request_id,
+                request_id=profile.request_id,
                 shared_headers=pending.shared_headers,
-                arrival_s=pending.profile.arrival_s,
+                answer_headers=lines + (_explain_line(explanation) if pending.explained else b""),
+                arrival_s=profile.arrival_s,
+                cached_tokens=profile.cached_tokens,
             )
         except BaseException:
-            self.entrance.ended(pending.profile.tenant)
+            self.entrance.failed(pending)
             raise
+        self.entrance.began(exchange, profile.tenant)
         exchange.record.queue_s = queue_s
+        explanation.record = exchange.record
         self.active.add(exchange)
         exchange.begin()
 
@@ -305,7 +341,30 @@ class Gateway:
                 retry_after_s=1.0,
             )
 
-    def _profile(self, name: str, parsed: ParsedRequest, now_s: float) -> RequestProfile:
+    def _slo_class(self, request: Request) -> str | None:
+        """Return the SLO class that a request names, or the policy's.
+
+        Raises:
+            RequestError: 400; the policy has no such class.
+        """
+        rules = self.policy.scheduler
+        given = header_value(request.headers, SLO_CLASS_HEADER)
+        if given is None:
+            return rules.default_slo_class
+        name = given.decode("utf-8", "replace").strip()
+        if name not in rules.slo_classes:
+            known = ", ".join(rules.slo_classes) or "none (policy key scheduler.slo_classes)"
+            raise RequestError(
+                400,
+                f"there is no SLO class {name[:64]!r}; known: {known}",
+                code="unknown_slo_class",
+            )
+        return name
+
+    def _profile(
+        self, name: str, parsed: ParsedRequest, now_s: float, slo_class: str | None = None
+    ) -> RequestProfile:
+        slo = self.policy.scheduler.slo_classes.get(slo_class or "", NO_SLO)
         why = parsed.opaque
         for dialect in self._dialects:
             why = why or dialect.unsplittable(parsed.body)
@@ -320,28 +379,37 @@ class Gateway:
             unsplittable=why,
             tenant=parsed.tenant,
             arrival_s=now_s,
+            slo_class=slo_class,
+            ttft_slo_s=slo.ttft_s,
+            tpot_slo_s=slo.tpot_s,
+            priority=slo.priority,
         )
 
-    def _decide(self, profile: RequestProfile, body: Body) -> Decision:
+    def _decide(self, explanation: Explanation, body: Body) -> Decision:
+        profile, trace = explanation.profile, explanation.trace
         view = self.fleet.view_for(profile.model)
-        decision = self._scheduler.decide(profile, view)
+        decision = self._scheduler.decide(profile, view, trace)
         route = decision.route
         if isinstance(route, Disaggregated) and route.prefill.engine != route.decode.engine:
             why = self.fleet.dialects[route.decode.engine].unsplittable_across(body)
             if why is not None:
-                decision = self._decide_alike(profile, view, why)
+                decision = self._decide_alike(profile, view, why, trace)
         if decision.problem:
             self._tell(decision.problem)
+        explanation.decision = decision
         return decision
 
-    def _decide_alike(self, profile: RequestProfile, view: FleetView, why: str) -> Decision:
+    def _decide_alike(
+        self, profile: RequestProfile, view: FleetView, why: str, trace: Trace
+    ) -> Decision:
         """Return the route of a request that two engines cannot share: ``why``."""
         alike = self.fleet.alike(view, why)
         with contextlib.suppress(NoCapacityError):
-            decision = self._scheduler.decide(replace(profile, admitted=True), alike)
+            decision = self._scheduler.decide(replace(profile, admitted=True), alike, trace)
             if isinstance(decision.route, Disaggregated):
                 return decision
-        return self._scheduler.decide(replace(profile, unsplittable=why, admitted=True), view)
+        whole = replace(profile, unsplittable=why, admitted=True)
+        return self._scheduler.decide(whole, view, trace)
 
     def _tell(self, problem: str) -> None:
         if problem not in self._told_problems and len(self._told_problems) < RECENT:
@@ -357,7 +425,9 @@ class Gateway:
         )
         try:
             view = self.fleet.view_for(profile.model, without=failed.name)
-            decision = self._scheduler.decide(profile, view)
+            explanation = self.explanations.of(name)
+            trace = None if explanation is None else explanation.trace
+            decision = self._scheduler.decide(profile, view, trace)
         except NoCapacityError:
             return None
         other = decision.route.decode
@@ -375,12 +445,13 @@ class Gateway:
     def finished(self, exchange: Exchange, times: Timeline, ref: HandoffRef | None) -> None:
         """A request is over: count it, and record it once the reports are there."""
         self.active.discard(exchange)
-        self.entrance.ended(exchange.tenant)
+        self.entrance.ended(exchange)
         self._changed.set()
         now_s = time.monotonic()
         record = exchange.record
         try:
             times.fill(record, self.metrics, now_s)
+            exchange.surroundings.ended(record)
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))
@@ -394,12 +465,14 @@ class Gateway:
 
     def _settle(self, record: RequestRecord) -> None:
         self.recent.append((record.route, record.split, _reason_label(record.why)))
+        if record.outcome == "ok":
+            self.fleet.wrote(record)
         if self._records is not None and not self._records.add(record):
             self.metrics.count("disagg_records_dropped")
         if not self._scheduler.wants_ends:
             return
         try:
-            self._scheduler.request_ended(record.as_dict())
+            self._scheduler.request_ended(RecordView(record))
         except Exception:  # whatever a plugin does, the next request is served
             log.exception("plugins could not be told of a request's end")
 
@@ -499,6 +572,10 @@ def _reason_label(why: str) -> str:
     return " ".join("N" if any(c.isdigit() for c in word) else word for word in head.split())[:100]
 
 
+def _explain_line(explanation: Explanation) -> bytes:
+    return b"x-disagg-explain: %b\r\n" % explanation.header()
+
+
 GET = (b"GET", b"HEAD")
 POST = (b"POST",)
 _ROUTES: Mapping[bytes, tuple[tuple[bytes, ...], Handler]] = {
@@ -509,5 +586,6 @@ _ROUTES: Mapping[bytes, tuple[tuple[bytes, ...], Handler]] = {
     b"/ready": (GET, endpoints.ready),
     b"/metrics": (GET, endpoints.metrics),
     b"/internal/status": (GET, endpoints.status),
+    b"/internal/explain": (GET, endpoints.explain),
     b"/internal/reports": (POST, endpoints.reports),
 }

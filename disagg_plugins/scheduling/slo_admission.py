@@ -6,13 +6,13 @@ cost a slot and got nothing.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.types import FleetView, Refusal, RequestProfile, Role, Worker, WorkerLoad
+from disagg_plugins.scheduling.prediction import Predictor, UsesPredictor
+from disagg_plugins.types import FleetView, Refusal, RequestProfile, Role
 
 if TYPE_CHECKING:
     from disagg_plugins.policy import Policy
@@ -20,29 +20,7 @@ if TYPE_CHECKING:
 LEAST_RETRY_S = 1.0
 
 
-class Predicts(Protocol):
-    """What is asked of a predictor; None: it knows nothing yet.
-
-    Attributes:
-        lock: Held around every use.
-    """
-
-    lock: threading.Lock
-
-    def catch_up(self) -> None:
-        """Learn from what was observed since."""
-        ...
-
-    def prefill_s(self, worker: Worker, load: WorkerLoad, tokens: float) -> float | None:
-        """Return how long a prompt sent now takes to be read, queue included, in seconds."""
-        ...
-
-    def handoff_s(self, decode: Worker, tokens: float) -> float | None:
-        """Return the time from the end of reading to the first token elsewhere, in seconds."""
-        ...
-
-
-class SloAdmission:
+class SloAdmission(UsesPredictor):
     """Refuses when every choice exceeds ``refuse_over`` times the request's bound on TTFT.
 
     What waits at the gateway counts as queued before the request, spread evenly over the prefill
@@ -50,8 +28,8 @@ class SloAdmission:
     ends the search, so that only a refusal looks at every worker.
     """
 
-    def __init__(self, predictor: Predicts | None = None) -> None:
-        self.predictor = predictor
+    def __init__(self, predictor: Predictor | None = None) -> None:
+        super().__init__(predictor)
         self._refuse_over: float | None = None
 
     @hookimpl
@@ -63,7 +41,7 @@ class SloAdmission:
     def disagg_select_admission(self, profile: RequestProfile, fleet: FleetView) -> Refusal | None:
         """See ``hookspecs.disagg_select_admission``."""
         over, slo_s, predictor = self._refuse_over, profile.ttft_slo_s, self.predictor
-        if over is None or slo_s is None or predictor is None:
+        if over is None or slo_s is None:
             return None
         with predictor.lock:
             predictor.catch_up()
@@ -71,7 +49,7 @@ class SloAdmission:
 
     def _refusal(
         self,
-        predictor: Predicts,
+        predictor: Predictor,
         profile: RequestProfile,
         fleet: FleetView,
         slo_s: float,
@@ -95,7 +73,7 @@ class SloAdmission:
 
     def _best_s(
         self,
-        predictor: Predicts,
+        predictor: Predictor,
         profile: RequestProfile,
         fleet: FleetView,
         queued_tokens: int,
@@ -113,9 +91,9 @@ class SloAdmission:
 
 
 def _choices_s(
-    predictor: Predicts, profile: RequestProfile, fleet: FleetView, queued_tokens: int
+    predictor: Predictor, profile: RequestProfile, fleet: FleetView, queued_tokens: int
 ) -> Iterator[float | None]:
-    tokens = profile.prompt_tokens
+    tokens, cached = profile.prompt_tokens, profile.cached_tokens
     decodes = fleet.serving(Role.DECODE)
     prefills = fleet.serving(Role.PREFILL) if profile.unsplittable is None else ()
     taking = next((worker for worker in decodes if worker.handoffs), None)
@@ -128,8 +106,9 @@ def _choices_s(
             load = fleet.load(worker)
             if share:
                 load = replace(load, prompt_tokens=load.prompt_tokens + share)
-            read_s = predictor.prefill_s(worker, load, tokens)
+            read_s = predictor.prefill_s(worker, load, tokens - cached.get(worker.name, 0))
             yield None if read_s is None else read_s + handoff_s
     for worker in decodes:
         if worker.whole:
-            yield predictor.prefill_s(worker, fleet.load(worker), tokens)
+            unread = tokens - cached.get(worker.name, 0)
+            yield predictor.prefill_s(worker, fleet.load(worker), unread)

@@ -66,7 +66,7 @@ class Tenants:
     def enter(self, tenant: str | None, prompt_tokens: int, now_s: float) -> Refusal | None:
         """Admit a request, which must then ``leave``; or return why not.
 
-        A prompt larger than the whole bucket is admitted when the bucket is full, and leaves a debt.
+        A prompt larger than the whole bucket is admitted when that is full, and leaves a debt.
         """
         rule = self.rule(tenant)
         if rule is None:

@@ -386,3 +386,14 @@ def test_a_worker_that_came_back_is_given_one_request_at_a_time(scheduler):
     assert names(scheduler().decide(SHORT, FleetView(members, loads))) == ("d2",)
     loads["d1"] = WorkerLoad(trial=True)
     assert names(scheduler().decide(SHORT, FleetView(members, loads))) == ("d1",)
+
+
+def test_admission_is_asked_once_a_request(scheduler):
+    def refuse(profile, fleet):
+        return Refusal("no", status=429)
+
+    decider = scheduler(mine={"disagg_select_admission": refuse})
+    fleet = FleetView(TWO_BY_TWO, {})
+    with pytest.raises(NoCapacityError):
+        decider.decide(LONG, fleet)
+    assert isinstance(decider.decide(replace(LONG, admitted=True), fleet).route, Disaggregated)
