@@ -11,8 +11,16 @@ from disagg_plugins.scheduling.prediction import Predictor, UsesPredictor
 
 BUILTINS = {
     "capacity": "disagg_plugins.scheduling.capacity:Capacity",
+    "labels": "disagg_plugins.scheduling.labels:Labels",
     "least-loaded": "disagg_plugins.scheduling.least_loaded:LeastLoaded",
     "prediction": "disagg_plugins.scheduling.learning:Learning",
+    "prefix-affinity": "disagg_plugins.scheduling.prefix_affinity:PrefixAffinity",
+    "outstanding-tokens": "disagg_plugins.scheduling.outstanding_tokens:OutstandingTokens",
+    "kv-room": "disagg_plugins.scheduling.kv_room:KvRoom",
+    "transfer-cost": "disagg_plugins.scheduling.transfer_cost:TransferCost",
+    "session-affinity": "disagg_plugins.scheduling.session_affinity:SessionAffinity",
+    "power-of-two": "disagg_plugins.scheduling.power_of_two:PowerOfTwo",
+    "weighted-random": "disagg_plugins.scheduling.weighted_random:WeightedRandom",
     "threshold": "disagg_plugins.scheduling.threshold:Threshold",
     "always": "disagg_plugins.scheduling.always:Always",
     "never": "disagg_plugins.scheduling.never:Never",

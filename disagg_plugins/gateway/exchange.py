@@ -132,6 +132,7 @@ class Exchange:
             decode=route.decode.name,
             stream=parsed.stream,
             prompt_tokens_estimate=parsed.prompt_tokens,
+            prompt_tokens_by=parsed.tokens_by,
         )
 
     @_contained

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.gateway import endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
+from disagg_plugins.gateway.counting import WaitsForCount
 from disagg_plugins.gateway.exchange import Exchange
 from disagg_plugins.gateway.explanations import Explanation, Explanations
 from disagg_plugins.gateway.fleet import FleetState
@@ -26,7 +27,9 @@ from disagg_plugins.gateway.openai import (
     parse_request,
 )
 from disagg_plugins.gateway.pool import WorkerPool
+from disagg_plugins.gateway.prompts import Prompts
 from disagg_plugins.gateway.refusals import RequestError, error_body
+from disagg_plugins.gateway.sessions import session_of
 from disagg_plugins.gateway.wire import header_value, request_id, upstream_headers
 from disagg_plugins.policy import SloClass
 from disagg_plugins.telemetry.ledger import HandoffLedger
@@ -38,6 +41,7 @@ from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProf
 if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef
     from disagg_plugins.gateway.timeline import Timeline
+    from disagg_plugins.gateway.token_counter import Counting, Ids, TokenCounter
     from disagg_plugins.policy import Policy
     from disagg_plugins.scheduling.trace import Trace
     from disagg_plugins.telemetry.records import RecordFile, RequestRecord
@@ -54,6 +58,10 @@ SLO_CLASS_HEADER = b"x-disagg-slo-class"
 NO_SLO = SloClass()
 
 POOL_SWEEP_S = 5.0
+
+GONE = ("refused", "unreachable")
+"""Failures of a worker whose process, and its cache with it, has most likely ended."""
+
 CLOSING_S = 1.0
 """How long the end waits for sockets that were told to close."""
 
@@ -94,6 +102,7 @@ class Parts:
         mint: Makes a handoff id and its ticket for two workers.
         records: Where records are written, or None.
         plugin_failures: Returns failures of plugins by name.
+        counter: Counts prompts with the model's tokenizer; None: text is estimated.
     """
 
     scheduler: Decides
@@ -102,6 +111,7 @@ class Parts:
     mint: Callable[[Worker, Worker], HandoffRef]
     records: RecordFile | None = None
     plugin_failures: Callable[[], dict[str, int]] = dict
+    counter: TokenCounter | None = None
 
 
 Handler = Callable[["Gateway", Request, ClientConnection], None]
@@ -141,6 +151,8 @@ class Gateway:
         self.active: set[Exchange] = set()
         self.explanations = Explanations()
         self.read_tokens: Counter[str] = Counter()  # prompt tokens read so far, by worker
+        self.counting: set[WaitsForCount] = set()
+        self.prompts = Prompts(policy, parts.counter)
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
         self._changed = asyncio.Event()
@@ -167,12 +179,14 @@ class Gateway:
         self._lasting = [
             self._tasks.create_task(self.prober.run()),
             self._tasks.create_task(self.watch()),
+            self._tasks.create_task(self._guarded(self.prompts.events.run())),
         ]
 
     def stop(self) -> None:
         """Cancel everything that runs by itself."""
         for task in self.running():
             task.cancel()
+        self.prompts.close()
 
     def running(self) -> list[asyncio.Task[None]]:
         """Return every task that is not done."""
@@ -232,9 +246,6 @@ class Gateway:
         """Route one completion or chat request."""
         now_s = time.monotonic()
         name = request_id(request.headers)
-        lines = b"x-request-id: %b\r\n" % name.encode("ascii")
-        explained = header_value(request.headers, EXPLAIN) is not None
-        explanation: Explanation | None = None
         try:
             parsed = parse_request(
                 request.path.partition(b"?")[0].decode("ascii"),
@@ -243,21 +254,73 @@ class Gateway:
             )
             self._check_model(parsed)
             self._check_room()
-            slo_class = self._slo_class(request)
-            profile = self._profile(name, parsed, now_s, slo_class)
+            session = session_of(request.headers, parsed.body)
+            if session is not None:
+                parsed = replace(parsed, session=session)
+        except (RequestError, NoCapacityError) as exc:
+            self._refused(client, exc, b"x-request-id: %b\r\n" % name.encode("ascii"))
+            return
+        counting = self.prompts.counting(parsed)
+        ids = counting.ids() if counting is not None and counting.short else None
+        if counting is not None and not counting.short:
+
+            def go_on(ids: Ids | None) -> None:
+                try:
+                    self._route(request, client, parsed, ids, name, now_s)
+                except Exception:
+                    log.exception("a request could not be handled")
+                    self.refuse(
+                        client, 500, "the gateway failed; its log says why", code="internal"
+                    )
+
+            if self._count(client, counting, go_on):
+                return
+        self._route(request, client, parsed, ids, name, now_s)
+
+    def _count(
+        self, client: ClientConnection, counting: Counting, go_on: Callable[[Ids | None], None]
+    ) -> bool:
+        """Begin to count a prompt on a thread; False when that cannot be done now."""
+        counter = self.prompts.counter
+        if counter is None:
+            return False
+
+        def ended(waits: WaitsForCount) -> None:
+            self.counting.discard(waits)
+            self._changed.set()
+
+        waits = WaitsForCount(counter, go_on, ended)
+        if not waits.begin(client, counting, self.policy.scheduler.tokenizer_s):
+            return False
+        self.counting.add(waits)
+        return True
+
+    def _route(
+        self,
+        request: Request,
+        client: ClientConnection,
+        parsed: ParsedRequest,
+        ids: Ids | None,
+        name: str,
+        now_s: float,
+    ) -> None:
+        """Route a request whose prompt is counted, and begin it."""
+        lines = b"x-request-id: %b\r\n" % name.encode("ascii")
+        explained = header_value(request.headers, EXPLAIN) is not None
+        explanation: Explanation | None = None
+        try:
+            parsed = self.prompts.read(parsed, ids, parsed.model not in (None, self.fleet.model()))
+            profile = self._profile(name, parsed, now_s, self._slo_class(request))
             explanation = self.explanations.begin(profile)
             decision = self._decide(explanation, parsed.body)
-        except RequestError as exc:
-            self.metrics.count("disagg_client_errors", (str(exc.status),))
-            client.answer(exc.status, exc.body(), JSON + lines)
-            return
-        except NoCapacityError as exc:
-            lines += b"retry-after: %d\r\n" % max(1, round(exc.retry_after_s))
-            if explanation is not None:
+        except (RequestError, NoCapacityError) as exc:
+            more = b""
+            if explanation is not None and isinstance(exc, NoCapacityError):
                 explanation.refused = exc.problem
-                lines += _explain_line(explanation) if explained else b""
-            self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines)
+                more = _explain_line(explanation) if explained else b""
+            self._refused(client, exc, lines, more)
             return
+        self.prompts.routed(explanation.profile, decision.route)
         exchange = Exchange(
             self,
             client,
@@ -273,6 +336,20 @@ class Gateway:
         self.active.add(exchange)
         exchange.begin()
 
+    def _refused(
+        self,
+        client: ClientConnection,
+        exc: RequestError | NoCapacityError,
+        lines: bytes,
+        more: bytes = b"",
+    ) -> None:
+        if isinstance(exc, RequestError):
+            self.metrics.count("disagg_client_errors", (str(exc.status),))
+            client.answer(exc.status, exc.body(), JSON + lines)
+            return
+        lines += b"retry-after: %d\r\n" % max(1, round(exc.retry_after_s))
+        self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines + more)
+
     def _check_model(self, parsed: ParsedRequest) -> None:
         if parsed.model is not None and not self.fleet.knows_model(parsed.model):
             served = ", ".join(self.fleet.served_models())
@@ -287,7 +364,7 @@ class Gateway:
         if self.draining:
             raise NoCapacityError("the gateway is shutting down", retry_after_s=5.0)
         bound = self.policy.gateway.max_requests
-        if len(self.active) >= bound:
+        if len(self.active) + len(self.counting) >= bound:
             raise NoCapacityError(
                 f"{bound} requests are in flight (policy key gateway.max_requests)",
                 retry_after_s=1.0,
@@ -325,16 +402,20 @@ class Gateway:
             endpoint=parsed.endpoint,
             model=parsed.model or self.fleet.model() or "",
             prompt_tokens=parsed.prompt_tokens,
-            prompt_tokens_exact=parsed.exact,
+            prompt_tokens_exact=parsed.tokens_by != "estimate",
             max_output_tokens=parsed.max_output_tokens,
             stream=parsed.stream,
             unsplittable=why,
+            prefix_hashes=parsed.prefix_hashes,
             tenant=parsed.tenant,
             arrival_s=now_s,
             slo_class=slo_class,
             ttft_slo_s=slo.ttft_s,
             tpot_slo_s=slo.tpot_s,
             priority=slo.priority,
+            session=parsed.session,
+            tokens_by=parsed.tokens_by,
+            cached_tokens=self.prompts.cached_tokens(parsed),
         )
 
     def _decide(self, explanation: Explanation, body: Body) -> Decision:
@@ -388,6 +469,8 @@ class Gateway:
         self.metrics.count("disagg_failures", (worker, side, kind))
         log.warning("worker %s, %s: %s: %s", worker, side, kind, detail)
         self.fleet.failed(worker, kind, detail)
+        if kind in GONE:
+            self.prompts.forget(worker)
 
     # Ends
 
@@ -448,6 +531,7 @@ class Gateway:
                 sweep_at_s = now_s + POOL_SWEEP_S
                 for pool in self.pools.values():
                     _safely(pool.sweep)
+                _safely(functools.partial(self.prompts.sweep, now_s))
             if self._records is not None and now_s >= flush_at_s:
                 flush_at_s = now_s + FLUSH_S
                 _safely(self._records.flush_soon)  # it must not wait: the disk may stall
@@ -485,7 +569,7 @@ class Gateway:
         for client in list(self.connections):
             client.close()
         end_s = time.monotonic() + self.policy.gateway.drain_s
-        await self._until(lambda: not self.active, end_s)
+        await self._until(lambda: not self.active and not self.counting, end_s)
         for client in list(self.connections):
             client.transport.abort()
         await self._until(lambda: not self.connections, time.monotonic() + CLOSING_S)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from disagg_plugins.gateway.openai import parse_request
+from disagg_plugins.gateway.prompts import Prompts
 from disagg_plugins.gateway.refusals import RequestError
 from disagg_plugins.gateway.server import Gateway
 from disagg_plugins.policy import Policy
@@ -24,7 +25,11 @@ def gateway(**scheduler: object) -> SimpleNamespace:
     workers = [{"name": "d0", "url": "http://127.0.0.1:9", "role": "both"}]
     policy = Policy.model_validate({"fleet": {"workers": workers}, "scheduler": scheduler})
     return SimpleNamespace(
-        policy=policy, _dialects=[], fleet=SimpleNamespace(model=lambda: "m"), metrics=None
+        policy=policy,
+        _dialects=[],
+        fleet=SimpleNamespace(model=lambda: "m"),
+        metrics=None,
+        prompts=Prompts(policy, None),
     )
 
 
