@@ -251,9 +251,16 @@ def disagg_nominate_workers(
 
 @hookspec
 def disagg_filter_workers(
-    profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
+    profile: RequestProfile,
+    role: Role,
+    workers: Sequence[Worker],
+    fleet: FleetView,
+    other: Worker | None,
 ) -> Sequence[Worker] | None:
     """Leave out workers that must not do this part of the request.
+
+    ``other`` is the worker of the other part, where it is chosen already: decode is chosen first,
+    then prefill.
 
     Called in: the gateway and the simulator.
     How often: once a request for the role decode; once more for prefill when it is split.
@@ -273,9 +280,15 @@ def disagg_filter_workers(
 
 @hookspec
 def disagg_score_workers(
-    profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
+    profile: RequestProfile,
+    role: Role,
+    workers: Sequence[Worker],
+    fleet: FleetView,
+    other: Worker | None,
 ) -> Mapping[str, float] | None:
     """Say how well each worker suits this part of the request, from 0 (badly) to 1 (best).
+
+    ``other`` is as in ``disagg_filter_workers``.
 
     Called in: the gateway and the simulator.
     How often: as ``disagg_filter_workers``, after it.

@@ -126,6 +126,7 @@ def _sentences(policy: Policy) -> Iterator[str]:
     yield from _slo_sentences(policy)
     yield from _queue_sentences(policy)
     yield "Among workers the least loaded is chosen; equals take turns."
+    yield from _prompt_sentences(policy)
     for plugin, weight in sorted(policy.scheduler.weights.items()):
         yield f"Scores of plugin {plugin} weigh {weight:g} (others 1)."
     yield (
@@ -219,6 +220,30 @@ def _slo_sentences(policy: Policy) -> Iterator[str]:
         yield f"A request that names no class is of class {rules.default_slo_class}."
     if rules.profile is not None:
         yield f"Predictions start from the profile {rules.profile}."
+
+
+def _prompt_sentences(policy: Policy) -> Iterator[str]:
+    rules = policy.scheduler
+    if rules.tokenizer is None:
+        yield f"Text is estimated to have {rules.chars_per_token:g} characters a token."
+    else:
+        yield (
+            f"Prompts are counted with the tokenizer of {rules.tokenizer}, within "
+            f"{rules.tokenizer_s:g} s each, and estimated where that fails."
+        )
+    told = [worker.name for worker in policy.fleet.workers if worker.kv_events is not None]
+    rest = "The other workers are" if told else "A worker is"
+    if told:
+        yield f"What {', '.join(told)} cache is known from the engines' own KV events."
+    if len(told) < len(policy.fleet.workers):
+        yield (
+            f"{rest} believed to cache the prompts routed there for {rules.prefix.ttl_s:g} s, "
+            f"{rules.prefix.tokens} tokens at most."
+        )
+    for tenant, labels in sorted(rules.labels.items()):
+        who = "all other tenants" if tenant == "*" else f"tenant {tenant}"
+        wanted = ", ".join(f"{key}={value}" for key, value in sorted(labels.items()))
+        yield f"Requests of {who} go to workers labelled {wanted or 'in any way'}."
 
 
 def _worker_sentence(worker: WorkerPolicy) -> str:

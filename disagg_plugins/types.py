@@ -18,6 +18,10 @@ Family = Literal["relay", "rendezvous"]
 """How a handoff is arranged: *relay* (prefill answers, decode is called with its params) or
 *rendezvous* (both are called at once under an id that the gateway chose)."""
 
+TokensBy = Literal["ids", "tokenizer", "estimate"]
+"""How a count of prompt tokens came about: they were given, counted by the model's own tokenizer,
+or estimated from the text's length."""
+
 
 class Role(StrEnum):
     """What a worker is used for."""
@@ -181,8 +185,8 @@ class RequestProfile:
         queued_tokens: Prompt tokens that wait at the gateway for a prefill worker, of requests
             with its priority or a higher one.
         own_queued_tokens: Prompt tokens that wait there of its own tenant.
-        cached_tokens: Leading prompt tokens that workers are believed to hold, by worker name;
-            absent workers hold none.
+        cached_tokens: How many of the prompt's tokens a worker is believed to hold, by its name,
+            the best first; workers that hold none are absent.
     """
 
     request_id: str
@@ -201,7 +205,7 @@ class RequestProfile:
     priority: int = 0
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
-    tokens_by: Literal["ids", "tokenizer", "estimate"] = "estimate"
+    tokens_by: TokensBy = "estimate"
     admitted: bool = False
     queued_tokens: int = 0
     own_queued_tokens: int = 0

@@ -107,8 +107,11 @@ class TestThirdPartyDistribution:
         assert decisions["batch"][:2] == ["Local", "example: batch tenants stay local"]
         assert decisions["web"][0] == "Disaggregated"
 
+    def test_scores_of_ten_lines_change_where_requests_go(self, seen):
+        assert seen[0]["chosen"] == {"0": ["d2", "d3"], "10": ["d3"]}
+
     def test_filters_a_worker_out(self, seen):
-        assert {d[2] for d in seen[0]["decisions"].values()} == {"d2"}
+        assert "d1" not in {d[2] for d in seen[0]["decisions"].values()}
 
     def test_is_listed_with_distribution_and_version(self, seen):
         assert seen[0]["plugins"]["example"] == ["disagg-example-plugin", "1.2.3", "on", ""]

@@ -155,6 +155,7 @@ def status_of(gateway: Gateway) -> dict[str, object]:
                 "last_problem": state.last_problem,
                 "hello": dict(state.hello) if state.hello is not None else None,
                 "connections": gateway.pools[state.worker.name].counts(),
+                "kv_events": gateway.prompts.events.told(state.worker.name),
             }
         )
     return {
@@ -163,6 +164,8 @@ def status_of(gateway: Gateway) -> dict[str, object]:
         "draining": gateway.draining,
         "in_flight": len(gateway.active),
         "waiting": len(gateway.entrance),
+        "counting": len(gateway.counting),
+        "tokens_by": "estimate" if gateway.prompts.counter is None else "tokenizer",
         "client_connections": len(gateway.connections),
         "handoffs_open": len(gateway.ledger),
         "roles": gateway.fleet.ready(),

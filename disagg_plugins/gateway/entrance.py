@@ -133,6 +133,7 @@ class Entrance:
             rules.queue.order, ageing_s=rules.queue.ageing_s
         )
         self._pumping = False
+        self._closed = False
         metrics.gauge(
             "disagg_requests_waiting",
             "Requests that wait for a prefill worker.",
@@ -190,6 +191,8 @@ class Entrance:
         if decision is not None and (not most or not decision.taken):
             if not split or not self._queue:
                 return decision
+        if self._closed:
+            raise NoCapacityError(SHUTTING_DOWN, retry_after_s=RETRY_ELSEWHERE_S)
         if len(self._queue) >= most:
             if split:
                 return decision
@@ -252,6 +255,7 @@ class Entrance:
 
     def close(self) -> None:
         """Refuse everybody who waits: the gateway takes nothing new any more."""
+        self._closed = True
         for place in self._queue.late(float("inf")):
             exc = NoCapacityError(SHUTTING_DOWN, retry_after_s=RETRY_ELSEWHERE_S)
             self._refuse(place.payload, exc, "closed")

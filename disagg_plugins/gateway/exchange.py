@@ -132,6 +132,7 @@ class Exchange:
             decode=route.decode.name,
             stream=parsed.stream,
             prompt_tokens_estimate=parsed.prompt_tokens,
+            prompt_tokens_by=parsed.tokens_by,
         )
 
     @_contained
@@ -255,8 +256,7 @@ class Exchange:
             detail = f"nothing more within {policy.idle_s:g} s (policy key gateway.idle_s)"
             self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
         else:
-            key, bound_s = "first_byte_s", policy.first_byte_s
-            detail = f"no answer within {bound_s:g} s (policy key gateway.{key})"
+            detail = f"no answer within {policy.first_byte_s:g} s (policy key gateway.first_byte_s)"
             self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
 
     @_contained

@@ -10,25 +10,24 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.gateway import endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
+from disagg_plugins.gateway.counting import WaitsForCount
 from disagg_plugins.gateway.entrance import SHUTTING_DOWN, Entrance, Pending, Ways, tenant_of
 from disagg_plugins.gateway.exchange import Exchange
 from disagg_plugins.gateway.explanations import Explanation, Explanations
 from disagg_plugins.gateway.fleet import FleetState
 from disagg_plugins.gateway.health import Prober
-from disagg_plugins.gateway.openai import (
-    CHAT,
-    COMPLETIONS,
-    ParsedRequest,
-    parse_request,
-)
+from disagg_plugins.gateway.openai import CHAT, COMPLETIONS, ParsedRequest, parse_request
 from disagg_plugins.gateway.pool import WorkerPool
+from disagg_plugins.gateway.prompts import Prompts
 from disagg_plugins.gateway.refusals import RequestError, error_body
+from disagg_plugins.gateway.sessions import session_of
+from disagg_plugins.gateway.slo_classes import slo_class_of
 from disagg_plugins.gateway.wire import header_value, request_id, upstream_headers
 from disagg_plugins.policy import SloClass
 from disagg_plugins.telemetry.ledger import HandoffLedger
@@ -38,11 +37,13 @@ from disagg_plugins.telemetry.reports import report_key
 from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProfile, Worker
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef
+    from disagg_plugins.gateway.dialect import Body, HandoffRef
+    from disagg_plugins.gateway.parts import Parts
     from disagg_plugins.gateway.timeline import Timeline
+    from disagg_plugins.gateway.token_counter import Counting, Ids
     from disagg_plugins.policy import Policy
     from disagg_plugins.scheduling.trace import Trace
-    from disagg_plugins.telemetry.records import RecordFile, RequestRecord
+    from disagg_plugins.telemetry.records import RequestRecord
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +53,13 @@ RECENT = 1000
 FLUSH_S = 0.5
 """How often records are written."""
 
-SLO_CLASS_HEADER = b"x-disagg-slo-class"
 NO_SLO = SloClass()
 
 POOL_SWEEP_S = 5.0
+
+GONE = ("refused", "unreachable")
+"""Failures of a worker whose process, and its cache with it, has most likely ended."""
+
 CLOSING_S = 1.0
 """How long the end waits for sockets that were told to close."""
 
@@ -64,50 +68,6 @@ EXPLAIN = b"x-disagg-explain"
 
 RECORDS_S = 5.0
 """How long the end waits for the disk that takes the last records."""
-
-
-class Decides(Protocol):
-    """What the gateway needs of the scheduler."""
-
-    def decide(
-        self, profile: RequestProfile, fleet: FleetView, trace: Trace | None = None
-    ) -> Decision:
-        """Return the route of a request."""
-        ...
-
-    def queue_score(self, profile: RequestProfile) -> float:
-        """Return how urgent a request is that waits for a prefill worker, from 0 to 1."""
-        ...
-
-    @property
-    def wants_ends(self) -> bool:
-        """Whether some plugin wants to be told how requests end."""
-        ...
-
-    def request_ended(self, record: Mapping[str, object]) -> None:
-        """Tell the plugins how a request ended."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a gateway is built from.
-
-    Attributes:
-        scheduler: Decides each route.
-        dialects: By engine name.
-        secret: The fleet's secret.
-        mint: Makes a handoff id and its ticket for two workers.
-        records: Where records are written, or None.
-        plugin_failures: Returns failures of plugins by name.
-    """
-
-    scheduler: Decides
-    dialects: Mapping[str, Dialect]
-    secret: bytes
-    mint: Callable[[Worker, Worker], HandoffRef]
-    records: RecordFile | None = None
-    plugin_failures: Callable[[], dict[str, int]] = dict
 
 
 Handler = Callable[["Gateway", Request, ClientConnection], None]
@@ -147,6 +107,8 @@ class Gateway:
         self.active: set[Exchange] = set()
         self.explanations = Explanations()
         self.read_tokens: Counter[str] = Counter()  # prompt tokens read so far, by worker
+        self.counting: set[WaitsForCount] = set()
+        self.prompts = Prompts(policy, parts.counter)
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
         self._changed = asyncio.Event()
@@ -183,12 +145,14 @@ class Gateway:
         self._lasting = [
             self._tasks.create_task(self.prober.run()),
             self._tasks.create_task(self.watch()),
+            self._tasks.create_task(self._guarded(self.prompts.events.run())),
         ]
 
     def stop(self) -> None:
         """Cancel everything that runs by itself."""
         for task in self.running():
             task.cancel()
+        self.prompts.close()
 
     def running(self) -> list[asyncio.Task[None]]:
         """Return every task that is not done."""
@@ -248,9 +212,6 @@ class Gateway:
         """Route one completion or chat request."""
         now_s = time.monotonic()
         name = request_id(request.headers)
-        lines = b"x-request-id: %b\r\n" % name.encode("ascii")
-        explained = header_value(request.headers, EXPLAIN) is not None
-        explanation: Explanation | None = None
         try:
             parsed = parse_request(
                 request.path.partition(b"?")[0].decode("ascii"),
@@ -259,46 +220,89 @@ class Gateway:
             )
             self._check_model(parsed)
             self._check_room()
-            slo_class = self._slo_class(request)
             tenant = tenant_of(request.headers, parsed.tenant)
-            if tenant != parsed.tenant:
-                parsed = replace(parsed, tenant=tenant)
-            explanation = self.explanations.begin(self._profile(name, parsed, now_s, slo_class))
+            session = session_of(request.headers, parsed.body)
+            if session is not None or tenant != parsed.tenant:
+                parsed = replace(parsed, session=session, tenant=tenant)
+        except (RequestError, NoCapacityError) as exc:
+            self._refused(client, exc, b"x-request-id: %b\r\n" % name.encode("ascii"))
+            return
+        counting = self.prompts.counting(parsed)
+        ids = counting.ids() if counting is not None and counting.short else None
+        if counting is not None and not counting.short:
+
+            def go_on(ids: Ids | None) -> None:
+                try:
+                    self._route(request, client, parsed, ids, name, now_s)
+                except Exception:
+                    log.exception("a request could not be handled")
+                    self.refuse(
+                        client, 500, "the gateway failed; its log says why", code="internal"
+                    )
+
+            if self._count(client, counting, go_on):
+                return
+        self._route(request, client, parsed, ids, name, now_s)
+
+    def _count(
+        self, client: ClientConnection, counting: Counting, go_on: Callable[[Ids | None], None]
+    ) -> bool:
+        """Begin to count a prompt on a thread; False when that cannot be done now."""
+        counter = self.prompts.counter
+        if counter is None:
+            return False
+
+        def ended(waits: WaitsForCount) -> None:
+            self.counting.discard(waits)
+            self._changed.set()
+
+        waits = WaitsForCount(counter, go_on, ended)
+        if not waits.begin(client, counting, self.policy.scheduler.tokenizer_s):
+            return False
+        self.counting.add(waits)
+        return True
+
+    def _route(
+        self,
+        request: Request,
+        client: ClientConnection,
+        parsed: ParsedRequest,
+        ids: Ids | None,
+        name: str,
+        now_s: float,
+    ) -> None:
+        """Route a request whose prompt is counted, and begin it, or let it wait."""
+        lines = b"x-request-id: %b\r\n" % name.encode("ascii")
+        explained = header_value(request.headers, EXPLAIN) is not None
+        explanation: Explanation | None = None
+        try:
+            parsed = self.prompts.read(parsed, ids, parsed.model not in (None, self.fleet.model()))
+            profile = self._profile(
+                name, parsed, now_s, slo_class_of(request.headers, self.policy.scheduler)
+            )
+            explanation = self.explanations.begin(profile)
             shared = upstream_headers(request.headers, name)
             pending = Pending(client, parsed, explanation, shared, lines, explained)
             decision = self.entrance.admit(pending)
-        except RequestError as exc:
-            self.metrics.count("disagg_client_errors", (str(exc.status),))
-            client.answer(exc.status, exc.body(), JSON + lines)
-            return
-        except NoCapacityError as exc:
-            if explanation is not None:
+        except (RequestError, NoCapacityError) as exc:
+            more = b""
+            if explanation is not None and isinstance(exc, NoCapacityError):
                 explanation.refused = exc.problem
-            self._refused(client, exc, lines, explanation if explained else None)
+                more = _explain_line(explanation) if explained else b""
+            self._refused(client, exc, lines, more)
             return
         if decision is not None:
             self._begin(pending, decision)
 
-    def _refused(
-        self,
-        client: ClientConnection,
-        exc: NoCapacityError,
-        lines: bytes,
-        explained: Explanation | None,
-    ) -> None:
-        lines += b"retry-after: %d\r\n" % max(1, math.ceil(exc.retry_after_s))
-        lines += _explain_line(explained) if explained is not None else b""
-        self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines)
-
     def _refuse_waiting(self, pending: Pending, exc: NoCapacityError) -> None:
-        explanation = pending.explanation
-        explanation.refused = exc.problem
-        explained = explanation if pending.explained else None
-        self._refused(pending.client, exc, pending.answer_headers, explained)
+        pending.explanation.refused = exc.problem
+        more = _explain_line(pending.explanation) if pending.explained else b""
+        self._refused(pending.client, exc, pending.answer_headers, more)
 
     def _begin(self, pending: Pending, decision: Decision, queue_s: float = 0.0) -> None:
         """Begin a request that was admitted."""
         profile, explanation = pending.profile, pending.explanation
+        self.prompts.routed(profile, decision.route)
         lines = pending.answer_headers
         try:
             exchange = Exchange(
@@ -321,6 +325,20 @@ class Gateway:
         self.active.add(exchange)
         exchange.begin()
 
+    def _refused(
+        self,
+        client: ClientConnection,
+        exc: RequestError | NoCapacityError,
+        lines: bytes,
+        more: bytes = b"",
+    ) -> None:
+        if isinstance(exc, RequestError):
+            self.metrics.count("disagg_client_errors", (str(exc.status),))
+            client.answer(exc.status, exc.body(), JSON + lines)
+            return
+        lines += b"retry-after: %d\r\n" % max(1, math.ceil(exc.retry_after_s))
+        self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines + more)
+
     def _check_model(self, parsed: ParsedRequest) -> None:
         if parsed.model is not None and not self.fleet.knows_model(parsed.model):
             served = ", ".join(self.fleet.served_models())
@@ -335,31 +353,11 @@ class Gateway:
         if self.draining:
             raise NoCapacityError(SHUTTING_DOWN, retry_after_s=5.0)
         bound = self.policy.gateway.max_requests
-        if len(self.active) + len(self.entrance) >= bound:
+        if len(self.active) + len(self.counting) + len(self.entrance) >= bound:
             raise NoCapacityError(
                 f"{bound} requests are in flight (policy key gateway.max_requests)",
                 retry_after_s=1.0,
             )
-
-    def _slo_class(self, request: Request) -> str | None:
-        """Return the SLO class that a request names, or the policy's.
-
-        Raises:
-            RequestError: 400; the policy has no such class.
-        """
-        rules = self.policy.scheduler
-        given = header_value(request.headers, SLO_CLASS_HEADER)
-        if given is None:
-            return rules.default_slo_class
-        name = given.decode("utf-8", "replace").strip()
-        if name not in rules.slo_classes:
-            known = ", ".join(rules.slo_classes) or "none (policy key scheduler.slo_classes)"
-            raise RequestError(
-                400,
-                f"there is no SLO class {name[:64]!r}; known: {known}",
-                code="unknown_slo_class",
-            )
-        return name
 
     def _profile(
         self, name: str, parsed: ParsedRequest, now_s: float, slo_class: str | None = None
@@ -373,16 +371,20 @@ class Gateway:
             endpoint=parsed.endpoint,
             model=parsed.model or self.fleet.model() or "",
             prompt_tokens=parsed.prompt_tokens,
-            prompt_tokens_exact=parsed.exact,
+            prompt_tokens_exact=parsed.tokens_by != "estimate",
             max_output_tokens=parsed.max_output_tokens,
             stream=parsed.stream,
             unsplittable=why,
+            prefix_hashes=parsed.prefix_hashes,
             tenant=parsed.tenant,
             arrival_s=now_s,
             slo_class=slo_class,
             ttft_slo_s=slo.ttft_s,
             tpot_slo_s=slo.tpot_s,
             priority=slo.priority,
+            session=parsed.session,
+            tokens_by=parsed.tokens_by,
+            cached_tokens=self.prompts.cached_tokens(parsed),
         )
 
     def _decide(self, explanation: Explanation, body: Body) -> Decision:
@@ -439,6 +441,8 @@ class Gateway:
         log.warning("worker %s, %s: %s: %s", worker, side, kind, detail)
         self.fleet.failed(worker, kind, detail)
         self.entrance.freed()
+        if kind in GONE:
+            self.prompts.forget(worker)
 
     # Ends
 
@@ -501,6 +505,7 @@ class Gateway:
                 sweep_at_s = now_s + POOL_SWEEP_S
                 for pool in self.pools.values():
                     _safely(pool.sweep)
+                _safely(functools.partial(self.prompts.sweep, now_s))
             if self._records is not None and now_s >= flush_at_s:
                 flush_at_s = now_s + FLUSH_S
                 _safely(self._records.flush_soon)  # it must not wait: the disk may stall
@@ -540,7 +545,7 @@ class Gateway:
             client.close()
         _safely(self.entrance.close)
         end_s = time.monotonic() + self.policy.gateway.drain_s
-        await self._until(lambda: not self.active, end_s)
+        await self._until(lambda: not self.active and not self.counting, end_s)
         for client in list(self.connections):
             client.transport.abort()
         await self._until(lambda: not self.connections, time.monotonic() + CLOSING_S)

@@ -125,6 +125,7 @@ class RequestRecord:
     decode: str
     stream: bool
     prompt_tokens_estimate: int
+    prompt_tokens_by: str = "estimate"
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     status: int = 0

@@ -238,13 +238,14 @@ def build_stack(
     model: str | None = None,
     port_of: dict[str, int] | None = None,
     scheduler: dict[str, object] | None = None,
+    kv_events: dict[str, str] | None = None,
     **roles: str,
 ) -> Stack:
     """Start engines and a gateway before them: ``p0="prefill", d0="decode"``."""
     roles = roles or {"p0": "prefill", "d0": "decode"}
     port = free_port()
     engines: dict[str, FakeEngine] = {}
-    workers = []
+    workers: list[dict[str, object]] = []
     for name, role in roles.items():
         engine = FakeEngine(
             model=(models or {}).get(name, "fake-model"),
@@ -259,6 +260,8 @@ def build_stack(
             stack.callback(engine.reporter.close)
         engines[name] = engine
         workers.append({"name": name, "url": engine.url, "role": role, "capacity": 1000})
+        if name in (kv_events or {}):
+            workers[-1]["kv_events"] = kv_events[name]
     policy = Policy.model_validate(
         {
             "model": model,

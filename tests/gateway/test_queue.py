@@ -120,8 +120,10 @@ def test_a_waiting_request_uses_no_connection_and_is_shown(build: Build) -> None
     (second,) = queue_up(stack, request(LONG))
     assert stack.status()["waiting"] == 1
     assert b"disagg_requests_waiting 1.0" in stack.request("GET", "/metrics")[2]
-    assert stack.gateway.pools["p0"].counts()["busy"] == 1
-    assert stack.gateway.pools["d0"].counts()["busy"] == 0
+    states = stack.gateway.fleet.states
+    assert [states[name].requests for name in ("p0", "d0")] == [1, 0]
+    assert stack.engines["p0"].seen.requests == 1
+    assert stack.engines["d0"].seen.requests == 0
     first.close()
     assert answer(second)[0] == 200
     assert b'disagg_queue_seconds_count{end="split"} 1.0' in stack.request("GET", "/metrics")[2]

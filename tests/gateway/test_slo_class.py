@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from disagg_plugins.gateway.openai import parse_request
+from disagg_plugins.gateway.prompts import Prompts
 from disagg_plugins.gateway.refusals import RequestError
 from disagg_plugins.gateway.server import Gateway
+from disagg_plugins.gateway.slo_classes import slo_class_of
 from disagg_plugins.policy import Policy
 
 if TYPE_CHECKING:
@@ -24,13 +26,17 @@ def gateway(**scheduler: object) -> SimpleNamespace:
     workers = [{"name": "d0", "url": "http://127.0.0.1:9", "role": "both"}]
     policy = Policy.model_validate({"fleet": {"workers": workers}, "scheduler": scheduler})
     return SimpleNamespace(
-        policy=policy, _dialects=[], fleet=SimpleNamespace(model=lambda: "m"), metrics=None
+        policy=policy,
+        _dialects=[],
+        fleet=SimpleNamespace(model=lambda: "m"),
+        metrics=None,
+        prompts=Prompts(policy, None),
     )
 
 
 def class_of(given: bytes | None, **scheduler: object) -> str | None:
     headers = [] if given is None else [(b"x-disagg-slo-class", given)]
-    return Gateway._slo_class(gateway(**scheduler), SimpleNamespace(headers=headers))  # type: ignore[arg-type]
+    return slo_class_of(headers, gateway(**scheduler).policy.scheduler)
 
 
 @pytest.mark.parametrize(
