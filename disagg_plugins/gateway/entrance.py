@@ -133,6 +133,7 @@ class Entrance:
             rules.queue.order, ageing_s=rules.queue.ageing_s
         )
         self._pumping = False
+        self._freed: set[str] = set()  # workers that may have a slot since the last look
         self._closed = False
         metrics.gauge(
             "disagg_requests_waiting",
@@ -187,7 +188,8 @@ class Entrance:
         except NoCapacityError as exc:
             if not exc.taken or not most:
                 raise
-        split = decision is not None and isinstance(decision.route, Disaggregated)
+        route = None if decision is None else decision.route
+        split = isinstance(route, Disaggregated)
         if decision is not None and (not most or not decision.taken):
             if not split or not self._queue:
                 return decision
@@ -203,7 +205,8 @@ class Entrance:
             )
         explanation.profile = replace(profile, admitted=True)
         wait = self._wait(pending)
-        if split:  # there is a slot, but others wait: it must not overtake them
+        if isinstance(route, Disaggregated):  # others wait: it must not overtake them
+            self._freed.add(route.prefill.name)
             self._pump()
             if wait.place.here:
                 self._place(wait, monotonic())
@@ -239,9 +242,12 @@ class Entrance:
 
     # While requests wait
 
-    def freed(self) -> None:
-        """A slot may have come free, or the fleet has changed: look at who waits, soon."""
-        if self._queue and not self._pumping:
+    def freed(self, worker: str) -> None:
+        """A worker may have a slot, or has failed: look at who waits, soon."""
+        if not self._queue:
+            return
+        self._freed.add(worker)
+        if not self._pumping:
             self._pumping = True
             asyncio.get_running_loop().call_soon(self._pump)
 
@@ -251,7 +257,8 @@ class Entrance:
             return
         for place in self._queue.late(now_s - self._rules.max_wait_s):
             self._place(place.payload, now_s, late=True)
-        self._pump()
+        self._freed.update(w.name for w in self._ways.fleet().serving(Role.PREFILL))
+        self._pump(alone=not self._freed)
 
     def close(self) -> None:
         """Refuse everybody who waits: the gateway takes nothing new any more."""
@@ -266,21 +273,30 @@ class Entrance:
             self._over(wait, "client_gone")
             self.failed(wait.pending)
 
-    def _pump(self) -> None:
-        """Give free slots to those whose turn it is."""
+    def _pump(self, *, alone: bool = False) -> None:
+        """Give free slots to those whose turn it is.
+
+        Args:
+            alone: No prefill worker is there to wait for.
+        """
         self._pumping = False
-        while self._queue and self._may_go():
+        freed, self._freed = self._freed, set()
+        while self._queue and (alone or self._any_slot(freed)):
             now_s = monotonic()
             offers = self._queue.offers(now_s, LOOK_AHEAD)
             if not any(self._place(place.payload, now_s) for place in offers):
                 return
 
-    def _may_go(self) -> bool:
-        """Return whether to decide again: there is a slot, or nobody left to wait for."""
-        fleet = self._ways.fleet()
-        prefills = fleet.serving(Role.PREFILL)
-        most = self._rules.prefills_per_worker
-        return not prefills or any(has_slot(worker, fleet, most) for worker in prefills)
+    def _any_slot(self, names: set[str]) -> bool:
+        """Return whether one of these workers has a slot; forget those that have none."""
+        fleet, most = self._ways.fleet(), self._rules.prefills_per_worker
+        while names:
+            name = next(iter(names))
+            worker = fleet.worker(name)
+            if worker is not None and has_slot(worker, fleet, most):
+                return True
+            names.discard(name)
+        return False
 
     def _place(self, wait: _Wait, now_s: float, *, late: bool = False) -> bool:
         """Decide again; True when the request waits no more."""

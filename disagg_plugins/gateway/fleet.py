@@ -126,7 +126,7 @@ class FleetState:
         self._unhealthy_after = unhealthy_after
         self._names = {w.name: w for w in workers}
         self._loads = {name: state.load() for name, state in self.states.items()}
-        self.on_freed: Callable[[], object] = bool  # called when a worker may take more
+        self.on_freed: Callable[[str], object] = bool  # called when a worker may take more
         self._stale: set[str] = set()  # loads to be made anew when somebody looks
         self._ready: dict[Role, Sequence[Worker]] = dict.fromkeys(PHASES, ())
         self._room = dict.fromkeys(PHASES, 0)
@@ -209,7 +209,7 @@ class FleetState:
             state.prompt_tokens -= work.prompt_tokens
             state.prefills -= 1
             self._stale.add(name)
-            self.on_freed()
+            self.on_freed(name)
         return replace(work, prompt_tokens=0)
 
     def end(self, name: str, work: Work) -> None:
@@ -220,7 +220,7 @@ class FleetState:
         state.output_tokens -= work.output_tokens
         state.kv_tokens -= work.context_tokens + work.output_tokens
         self._stale.add(name)
-        self.on_freed()
+        self.on_freed(name)
 
     def wrote(self, record: RequestRecord) -> None:
         """A request ended: count its tokens where they were written.

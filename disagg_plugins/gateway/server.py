@@ -440,7 +440,7 @@ class Gateway:
         self.metrics.count("disagg_failures", (worker, side, kind))
         log.warning("worker %s, %s: %s: %s", worker, side, kind, detail)
         self.fleet.failed(worker, kind, detail)
-        self.entrance.freed()
+        self.entrance.freed(worker)
         if kind in GONE:
             self.prompts.forget(worker)
 
