@@ -326,6 +326,8 @@ class _Connection(asyncio.Protocol):
         elif self._url.startswith(b"/kv/"):
             seed = engine.leases.take(self._url[4:].decode()) if engine.leases else None
             self._json(404 if seed is None else 200, seed)
+        elif not self._url.partition(b"?")[0].endswith(b"completions"):
+            self._json(404, {"error": {"message": "a fake engine has no such path"}})
         else:
             self._completion(msgspec.json.decode(self._body))
 

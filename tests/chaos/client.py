@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tests.chaos.plan import Ask
 
 CONNECT_S = 5.0
+NOT_SENT = "no connection"
+"""How a reply's problem begins when nothing was sent."""
 
 
 class Connection(asyncio.Protocol):
@@ -33,7 +35,12 @@ class Connection(asyncio.Protocol):
     @property
     def free(self) -> bool:
         """Whether it can carry another request."""
-        return not self.closed and self._keep and self.reply.complete
+        return self.open and self._keep and self.reply.complete
+
+    @property
+    def open(self) -> bool:
+        """Whether bytes can be sent: a peer's end shows on the transport first."""
+        return not self.closed and not self.transport.is_closing()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -127,9 +134,11 @@ class Client:
 
     async def ask(self, ask: Ask, bound_s: float) -> Reply:
         """Send a request; what becomes of it is in the reply."""
-        self.kept = [c for c in self.kept if not c.closed]
+        self.kept = [c for c in self.kept if c.open]
         while ask.kept and self.kept:
             connection = self.kept.pop()
+            if not connection.open:
+                continue
             reply = await connection.ask(ask, bound_s)
             if reply.status or reply.aborted or reply.complete:
                 break
@@ -154,7 +163,7 @@ class Client:
             async with asyncio.timeout(CONNECT_S):
                 _, connection = await loop.create_connection(Connection, "127.0.0.1", self.port)
         except (OSError, TimeoutError) as exc:
-            return Reply(problem=f"no connection: {exc!r}")
+            return Reply(problem=f"{NOT_SENT}: {exc!r}")
         return connection
 
     def close(self) -> None:

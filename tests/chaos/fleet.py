@@ -24,7 +24,7 @@ from tests.chaos.proxy import Proxy
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "0123456789abcdef0123456789abcdef"
 START_S = 20.0
-LEASE_S = 1.5
+LEASE_S = 1.0
 SPEED = 5.0
 """Of the workers: a token takes 4 ms, so that faults hit answers in the midst."""
 
@@ -167,6 +167,8 @@ class Fleet:
             argv = [sys.executable, "-m", "disagg_plugins.cli.main", "serve", str(policy)]
             self.gateways[name] = Program(name, port, argv, folder / f"{name}.log")
         self.records = [folder / f"{name}.jsonl" for name in self.gateways]
+        for path in self.records:
+            path.unlink(missing_ok=True)  # of an earlier run in the same folder
 
     def _policy(self, port: int, records: Path) -> dict[str, Any]:
         workers = [

@@ -5,20 +5,27 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.fleet import Fleet, Program, fetched
 
 QUIET_S = 15.0
-"""How long things may take to go away: the workers' leases take 1.5 s, all else less."""
+"""How long things may take to go away: the workers' leases take 1 s, all else less."""
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED = ("/memfd:", "/dev/shm/")
+"""Where shared memory shows among a process's descriptors."""
 
 
-def segments() -> set[str]:
-    """Return the names of the shared-memory segments of this machine."""
-    return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
+def segments(program: Program) -> int:
+    """Return how many segments of shared memory a process has open."""
+    folder = Path(f"/proc/{program.look().pid}/fd")
+    count = 0
+    for link in folder.iterdir():
+        with suppress(OSError):  # closed meanwhile
+            count += os.readlink(link).startswith(SHARED)
+    return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +88,12 @@ async def worker_leaks(worker: Program, idle: int) -> list[str]:
     return found
 
 
-async def leaks(fleet: Fleet, before: dict[str, Baseline | None], memory: set[str]) -> list[str]:
+async def leaks(fleet: Fleet, before: dict[str, Baseline | None]) -> list[str]:
     """Return what does not go away within ``QUIET_S``, one line each."""
     end_s = time.monotonic() + QUIET_S
     while True:
-        found = [f"shared memory {name}" for name in segments() - memory]
+        held = {p.name: segments(p) for p in fleet.programs()}
+        found = [f"{name} shared memory: {count}" for name, count in held.items() if count]
         idle = dict.fromkeys(fleet.workers, 0)
         for name, gateway in fleet.gateways.items():
             found += await gateway_leaks(gateway, before.get(name))

@@ -119,7 +119,7 @@ BEHAVIOURS: tuple[dict[str, object], ...] = (
 )
 """What a worker that misbehaves does, in the words of ``fake_engine.Behaviour``."""
 
-MAX_STOP_S = 4.0
+MIN_FAULT_S, MAX_STOP_S = 0.2, 4.0
 PROXIED_KINDS: tuple[Kind, ...] = ("reset", "cut", "slow")
 ANY_KINDS: tuple[Kind, ...] = ("kill", "stop", "behave")
 
@@ -133,7 +133,7 @@ def faults(
         seed: Makes the schedule.
         workers: Their names.
         proxied: Those with a proxy before them.
-        seconds: No fault begins later.
+        seconds: No fault begins later, and few last longer.
         gap_s: Mean time between two.
     """
     source = random.Random(f"faults {seed}")
@@ -142,7 +142,7 @@ def faults(
     while (at_s := at_s + source.expovariate(1 / gap_s)) < seconds:
         target = source.choice(list(workers))
         kind = source.choice(ANY_KINDS + (PROXIED_KINDS if target in proxied else ()))
-        for_s = source.uniform(0.2, MAX_STOP_S if kind in ("stop", "slow") else 1.5)
+        for_s = source.uniform(MIN_FAULT_S, MAX_STOP_S if kind in ("stop", "slow") else 1.5)
         value = {
             "behave": source.randrange(len(BEHAVIOURS)),
             "cut": source.randrange(1, 4000),
@@ -150,6 +150,7 @@ def faults(
         }.get(kind, 0)
         if at_s < until_s[target]:
             continue
+        for_s = min(for_s, max(MIN_FAULT_S, seconds - at_s))
         until_s[target] = at_s + for_s
         found.append(Fault(at_s, kind, target, for_s, value))
     return found

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections import deque
 from typing import cast
 
 RESET = struct.pack("ii", 1, 0)
@@ -68,7 +69,7 @@ class _Near(asyncio.Protocol):
         self.proxy = proxy
         self.far: asyncio.Transport | None = None
         self._early: list[bytes] = []
-        self._free_at_s = 0.0
+        self._held: deque[tuple[float, bytes | None]] = deque()  # None: close
         self._over = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -113,21 +114,31 @@ class _Near(asyncio.Protocol):
                 proxy.cut_after = None
                 self.cut()
                 return
-        loop = asyncio.get_running_loop()
-        self._free_at_s = max(self._free_at_s, loop.time() + proxy.delay_s)
-        if proxy.delay_s == 0 and self._free_at_s <= loop.time():
-            self.transport.write(data)
-        else:
-            loop.call_at(self._free_at_s, self._write, data)
-
-    def _write(self, data: bytes) -> None:
-        if not self._over:
-            self.transport.write(data)
+        self._hold(data)
 
     def ended(self) -> None:
         """The worker closed; what is held up goes out first."""
+        self._hold(None)
+
+    def _hold(self, data: bytes | None) -> None:
+        at_s = asyncio.get_running_loop().time() + self.proxy.delay_s
+        self._held.append((at_s, data))
+        if len(self._held) == 1:
+            self._release()
+
+    def _release(self) -> None:
+        """Write what is due, in order, whatever the delay was meanwhile."""
         loop = asyncio.get_running_loop()
-        loop.call_at(max(self._free_at_s, loop.time()), self.transport.close)
+        while self._held and not self._over:
+            at_s, data = self._held[0]
+            if at_s > loop.time():
+                loop.call_at(at_s, self._release)
+                return
+            self._held.popleft()
+            if data is None:
+                self.transport.close()
+            else:
+                self.transport.write(data)
 
     def cut(self) -> None:
         """Reset both ends."""
