@@ -11,7 +11,7 @@ which the best one drops to 90 %: those shares are what the last line holds, one
 
 ``--real`` does the same with real vLLM workers, smaller: one prefill and one decode against two.
 
-    .venvs/bench/bin/python tests/benchmarks/policy.py [--workloads chat code] [--speed 8]
+    .venvs/bench/bin/python tests/benchmarks/policy.py [--workloads chat code] [--speed 2]
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from tests.benchmarks.policy_arms import (
 from tests.benchmarks.workloads import Workload, workloads
 
 ANCHORS = Path(os.environ.get("DISAGG_ANCHORS") or ROOT.parent / "shared" / "anchors")
-WARM_UP_S = 15.0
+WARM_UP_S = 10.0
 """Requests that arrive earlier fill the batches and the prefix caches; they do not count."""
 
 BOUND_S = 120.0
@@ -235,10 +235,10 @@ def main() -> None:
     parser.add_argument("--anchors", type=Path, default=ANCHORS, help="the folder of the traces")
     parser.add_argument("--profile", default="opt-13b-a100")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=60.0, help="virtual, of one level")
-    parser.add_argument("--speed", type=float, default=5.0, help="virtual seconds a second")
+    parser.add_argument("--seconds", type=float, default=50.0, help="virtual, of one level")
+    parser.add_argument("--speed", type=float, default=2.0, help="virtual seconds a second")
     parser.add_argument("--interval", type=int, default=8, help="tokens of one piece of a stream")
-    parser.add_argument("--parallel", type=int, default=4, help="arms that run at once")
+    parser.add_argument("--parallel", type=int, default=8, help="arms that run at once")
     parser.add_argument("--real", action="store_true", help="real vLLM workers")
     given = parser.parse_args()
     if given.real:
