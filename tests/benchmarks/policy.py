@@ -1,7 +1,7 @@
 """What a split rule is worth: the share of requests within their SLO, rule by rule, load by load.
 
 ``make bench NAME=policy``. Four pretend workers serve every arm: some for prefill and the others
-for decode, or four that do both (``never``, ``vllm-router-whole``). They take a measured engine's
+for decode, or four that do both (``never``, ``slo-both``, ``vllm-router-whole``). They take a measured engine's
 time (``pace.py``, by default OPT-13B on an A100 as DistServe fitted it), so that the result is
 about decisions. Arrivals are Poisson with a fixed seed, or a stretch of a public trace whose
 times are scaled to the load; the loop is open. Workers run in one process, each proxy and the load
@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.benchmarks.goodput import WANTED, Level, level, rate_at
 from tests.benchmarks.open_loop import Load
 from tests.benchmarks.policy_arms import (
+    ALONE,
     ROOT,
     ROUTERS,
     RULES,
-    WHOLE,
     WORKERS,
     Running,
     arms,
@@ -47,7 +47,7 @@ from tests.benchmarks.policy_arms import (
     start_arm,
     start_workers,
 )
-from tests.benchmarks.workloads import Workload, workloads
+from tests.benchmarks.workloads import Slo, Workload, workloads
 
 ANCHORS = Path(os.environ.get("DISAGG_ANCHORS") or ROOT.parent / "shared" / "anchors")
 WARM_UP_S = 10.0
@@ -96,12 +96,13 @@ class Bench:
 
     def run(self, workload: Workload) -> tuple[dict[str, list[Level]], float]:
         """Return the levels of each arm, the last one at the load where the best drops to 90 %."""
-        slo_s = workload.slo.ttft_s / self.setting.speed, workload.slo.tpot_s / self.setting.speed
+        speed = self.setting.speed
+        slo = Slo(workload.slo.ttft_s / speed, workload.slo.tpot_s / speed)  # of the clock
         found: dict[str, list[Level]] = {name: [] for name in self.names}
         with ExitStack() as stack:
             running, port = [], self.first_port
             for arm in arms(self.names, workload.prefills):
-                running.append(start_arm(stack, self.folder, arm, port, slo_s))
+                running.append(start_arm(stack, self.folder, arm, port, slo))
                 port += len(arm.roles)
             for rate in workload.rates:
                 self._level(workload, rate, running, found)
@@ -161,10 +162,10 @@ def table(workload: Workload, found: dict[str, list[Level]], best: float, num_wo
         )
 
 
-def verdict(rates: dict[str, float], whole: set[str]) -> str:
+def verdict(rates: dict[str, float]) -> str:
     """Say whether splitting wins on a workload, and by how much."""
-    split = {name: rate for name, rate in rates.items() if name not in whole}
-    alone = {name: rate for name, rate in rates.items() if name in whole}
+    split = {name: rate for name, rate in rates.items() if name not in ALONE}
+    alone = {name: rate for name, rate in rates.items() if name in ALONE}
     if not split or not alone:
         return "nothing to compare"
     best, plain = max(split, key=lambda n: split[n]), max(alone, key=lambda n: alone[n])
@@ -186,7 +187,6 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
     picked = [a.name for a in arms(given.arms, prefills=1)]
     for name in sorted(set(given.arms) - set(picked)):
         say(f"left out: {name}, which this version or environment does not have")
-    whole = {a.name for a in arms(picked, prefills=1) if a.roles == WHOLE}
     goodput: dict[str, dict[str, float]] = {}
     result: dict[str, object] = {"goodput": goodput}
     at_best: dict[str, float] = {}
@@ -202,7 +202,7 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
             at_best[workload.name] = round(best, 3)
             goodput[workload.name] = {n: round(each[-1].share, 3) for n, each in found.items()}
             per_worker[workload.name] = {n: round(r / WORKERS, 3) for n, r in rates.items()}
-            verdicts[workload.name] = verdict(rates, whole)
+            verdicts[workload.name] = verdict(rates)
             print(f"  {verdicts[workload.name]}")
             levels[workload.name] = {
                 n: [{k: round(v, 4) for k, v in asdict(e).items()} for e in each]

@@ -17,10 +17,12 @@ from urllib.request import urlopen
 import psutil
 import yaml
 
-from disagg_plugins.policy import SplitPolicy
+from disagg_plugins.policy import SchedulerPolicy, SplitPolicy
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
+
+    from tests.benchmarks.workloads import Slo
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 30.0
@@ -28,8 +30,23 @@ SECRET = "0123456789abcdef0123456789abcdef"
 NEVER_TOKENS = 1_000_000_000
 LEASE_S = 30.0
 
-RULES = ("never", "always", "threshold", "load", "slo")
+RULES = {
+    "never": ("whole", "never"),
+    "always": ("halves", "always"),
+    "threshold": ("halves", "threshold"),
+    "load": ("halves", "load"),
+    "slo": ("halves", "slo"),
+    "slo-both": ("whole", "slo"),
+}
+"""Arms with our gateway: the fleet, and the policy's ``scheduler.split.rule``."""
+
 ROUTERS = ("vllm-router", "vllm-router-whole")
+ALONE = frozenset({"never", "vllm-router-whole"})
+"""Arms that never split."""
+
+OLD_RULES = ("never", "always", "threshold")
+"""What a policy without ``scheduler.split.rule`` can say by its threshold."""
+
 WORKERS = 4
 WHOLE = ("both",) * WORKERS
 
@@ -61,9 +78,11 @@ def arms(names: Sequence[str], prefills: int) -> list[Arm]:
     for name in names:
         if name in ROUTERS:
             if router_binary() is not None:
-                found.append(Arm(name, WHOLE if name.endswith("whole") else halves, None))
-        elif name in ("never", "always", "threshold") or "rule" in SplitPolicy.model_fields:
-            found.append(Arm(name, WHOLE if name == "never" else halves, name))
+                found.append(Arm(name, WHOLE if name in ALONE else halves, None))
+            continue
+        fleet, rule = RULES[name]
+        if rule in OLD_RULES or "rule" in SplitPolicy.model_fields:
+            found.append(Arm(name, WHOLE if fleet == "whole" else halves, rule))
     return found
 
 
@@ -73,16 +92,15 @@ def router_binary() -> Path | None:
     return path if path.exists() else None
 
 
-def split_section(rule: str, slo_s: tuple[float, float]) -> dict[str, Any]:
-    """Return ``scheduler.split`` for a rule; older policies know only the threshold."""
-    fields = SplitPolicy.model_fields
-    if "rule" not in fields:
+def scheduler_section(rule: str, slo: Slo) -> dict[str, Any]:
+    """Return the policy's ``scheduler`` for a rule; older policies know only the threshold."""
+    section: dict[str, Any] = {"split": {"rule": rule}}
+    if "rule" not in SplitPolicy.model_fields:
         least = {"never": NEVER_TOKENS, "always": 0}.get(rule)
-        return {} if least is None else {"min_prompt_tokens": least}
-    section: dict[str, Any] = {"rule": rule}
-    for key, value in (("ttft_slo_s", slo_s[0]), ("tpot_slo_s", slo_s[1])):
-        if key in fields:
-            section[key] = value
+        section["split"] = {} if least is None else {"min_prompt_tokens": least}
+    if "slo_classes" in SchedulerPolicy.model_fields:
+        bounds = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}
+        section |= {"slo_classes": {"bench": bounds}, "default_slo_class": "bench"}
     return section
 
 
@@ -171,9 +189,7 @@ def start_workers(
     return base, process
 
 
-def start_arm(
-    stack: ExitStack, folder: Path, arm: Arm, first_port: int, slo_s: tuple[float, float]
-) -> Running:
+def start_arm(stack: ExitStack, folder: Path, arm: Arm, first_port: int, slo: Slo) -> Running:
     """Start the proxy of an arm before workers that run already."""
     urls = [f"http://127.0.0.1:{first_port + i}" for i in range(len(arm.roles))]
     port = port_range(2)
@@ -181,7 +197,7 @@ def start_arm(
         argv, path = _router(arm, port, urls), "/health"
     else:
         policy = folder / f"{arm.name}.yaml"
-        policy.write_text(yaml.safe_dump(_policy(arm, arm.rule, port, urls, slo_s)))
+        policy.write_text(yaml.safe_dump(_policy(arm, arm.rule, port, urls, slo)))
         argv = [sys.executable, "-m", "disagg_plugins.cli.main", "serve", str(policy)]
         path = "/ready"
     process = _start(stack, argv, folder / f"{arm.name}.log")
@@ -189,9 +205,7 @@ def start_arm(
     return Running(arm, port, urls, process)
 
 
-def _policy(
-    arm: Arm, rule: str, port: int, urls: list[str], slo_s: tuple[float, float]
-) -> dict[str, Any]:
+def _policy(arm: Arm, rule: str, port: int, urls: list[str], slo: Slo) -> dict[str, Any]:
     return {
         "model": "fake-model",
         "fleet": {
@@ -200,7 +214,7 @@ def _policy(
                 for i, (url, role) in enumerate(zip(urls, arm.roles, strict=True))
             ]
         },
-        "scheduler": {"split": split_section(rule, slo_s)},
+        "scheduler": scheduler_section(rule, slo),
         "gateway": {"port": port},
     }
 
