@@ -3,11 +3,12 @@
 ``make bench NAME=policy``. Four pretend workers serve every arm: some for prefill and the others
 for decode, or four that do both (``never``, ``slo-both``, ``vllm-router-whole``). They take a
 measured engine's time (``pace.py``, by default OPT-13B on an A100 as DistServe fitted it), so that
-the result is about decisions. Arrivals are Poisson with a fixed seed, or a stretch of a public trace whose
-times are scaled to the load; the loop is open. Workers run in one process, each proxy and the load
-generator in their own; the CPU of each is told, and time runs ``--speed`` times as fast as long as
-none of them needs a core. After the levels of a workload every arm runs once more at the load at
-which the best one drops to 90 %: those shares are what the last line holds, one JSON object.
+the result is about decisions. Arrivals are Poisson with a fixed seed, or a stretch of a public
+trace whose times are scaled to the load; the loop is open. Workers run in one process, each proxy
+and the load generator in their own; the CPU of each is told, and time runs ``--speed`` times as
+fast as the clock as long as none of them needs a core. After the levels of a workload every arm
+runs once more at the load at which the best one drops to 90 %: those shares are what the last line
+holds, one JSON object.
 
 ``--real`` does the same with real vLLM workers, smaller: one prefill and one decode against two.
 
