@@ -556,7 +556,12 @@ class _Callback:
     def __call__(self) -> None: ...
 
 
-if __name__ == "__main__":
-    from disagg_plugins.testing.fake_process import main
+def main() -> None:
+    """Run one fake engine, or many, as a process until it is ended."""
+    from disagg_plugins.testing.fake_process import run
 
+    run()
+
+
+if __name__ == "__main__":
     main()
