@@ -12,7 +12,7 @@ holds, one JSON object.
 
 ``--real`` does the same with real vLLM workers, smaller: one prefill and one decode against two.
 
-    .venvs/bench/bin/python tests/benchmarks/policy.py [--workloads chat code] [--speed 2]
+    .venvs/bench/bin/python tests/benchmarks/policy.py [--workloads chat code] [--speed 3]
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ WARM_UP_S = 10.0
 """Requests that arrive earlier fill the batches and the prefix caches; they do not count."""
 
 BOUND_S = 120.0
+REFINEMENTS = 2
+"""Levels beyond the workload's own, each where the best arm seems to drop to 90 %."""
+
 BUSY = 0.9
 """A process that needs more of a core than this decides the result itself: it is told."""
 
@@ -100,6 +103,7 @@ class Bench:
         speed = self.setting.speed
         slo = Slo(workload.slo.ttft_s / speed, workload.slo.tpot_s / speed)  # of the clock
         found: dict[str, list[Level]] = {name: [] for name in self.names}
+        best = 0.0
         with ExitStack() as stack:
             running, port = [], self.first_port
             for arm in arms(self.names, workload.prefills):
@@ -109,8 +113,9 @@ class Bench:
                 self._level(workload, rate, running, found)
                 if all(levels[-1].share < WANTED / 2 for levels in found.values()):
                     break  # nothing is left to see at higher loads
-            best = max(rate_at(levels) for levels in found.values())
-            self._level(workload, best, running, found)
+            for _ in range(REFINEMENTS):
+                best = max(rate_at(levels) for levels in found.values())
+                self._level(workload, best, running, found)
         return found, best
 
     def _level(
@@ -154,7 +159,7 @@ def table(workload: Workload, found: dict[str, list[Level]], best: float, num_wo
     )
     for name, levels in found.items():
         grid, last = sorted(levels[:-1], key=lambda each: each.rate), levels[-1]
-        shares = "  ".join(f"{each.rate:g}/s {100 * each.share:3.0f} %" for each in grid)
+        shares = "  ".join(f"{each.rate:.3g}/s {100 * each.share:3.0f} %" for each in grid)
         print(
             f"  {name:<18} {rate_at(levels) / num_workers:6.3f} req/s a worker at 90 %;  {shares};"
             f"  at {best:.2f}/s {100 * last.share:.0f} %, TTFT p50 {last.ttft_p50_s:.2f} p90 "
@@ -237,7 +242,7 @@ def main() -> None:
     parser.add_argument("--profile", default="opt-13b-a100")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=50.0, help="virtual, of one level")
-    parser.add_argument("--speed", type=float, default=2.0, help="virtual seconds a second")
+    parser.add_argument("--speed", type=float, default=3.0, help="virtual seconds a second")
     parser.add_argument("--interval", type=int, default=8, help="tokens of one piece of a stream")
     parser.add_argument("--parallel", type=int, default=8, help="arms that run at once")
     parser.add_argument("--real", action="store_true", help="real vLLM workers")
