@@ -19,7 +19,7 @@ from disagg_plugins.errors import HookContractError
 from disagg_plugins.plugin_threads import BusyError, OverranError, PluginThread, RaisedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 LOG = logging.getLogger(__name__)
 
@@ -106,10 +106,20 @@ class HookCalls:
             return dict(self._off)
 
     def first(
-        self, hook: str, check: Callable[[object], T], arguments: Mapping[str, object]
+        self,
+        hook: str,
+        check: Callable[[object], T],
+        arguments: Mapping[str, object],
+        *,
+        without: Collection[str] = (),
     ) -> tuple[str, T] | None:
-        """Return the first answer that is not None, with the plugin's name."""
+        """Return the first answer that is not None, with the plugin's name.
+
+        Plugins named in ``without`` are not asked.
+        """
         for implementation in self._implementations.get(hook, ()):
+            if implementation.plugin in without:
+                continue
             answer = self._ask(implementation, check, arguments, self._deadline_s)
             if answer is not None and not isinstance(answer, HookContractError):
                 return implementation.plugin, answer
@@ -121,7 +131,7 @@ class HookCalls:
         check: Callable[[object], T],
         arguments: Mapping[str, object],
         *,
-        without: Sequence[str] = (),
+        without: Collection[str] = (),
         deadline_s: float | None = None,
     ) -> list[tuple[str, T]]:
         """Return every answer that is not None, with its plugin's name, in order of asking.

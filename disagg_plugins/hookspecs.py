@@ -16,7 +16,8 @@ The kind of a hook shows in its name:
 
 - ``disagg_register_*``: collects factories, once a process, when they are first needed.
 - ``disagg_select_*``: asked one plugin after the other; the first answer that is not None wins.
-- ``disagg_filter_*``, ``disagg_score_*``: every plugin is asked; the core combines the answers.
+- ``disagg_filter_*``, ``disagg_score_*``, ``disagg_nominate_*``: every plugin is asked; the core
+  combines the answers.
 - ``disagg_on_*``: told; the answer is ignored.
 
 Rules for every hook: it is synchronous and does no I/O; it takes any subset of the arguments, by
@@ -216,6 +217,34 @@ def disagg_select_admission(profile: RequestProfile, fleet: FleetView) -> Refusa
         def disagg_select_admission(profile, fleet):
             if profile.tenant is None:
                 return Refusal("no tenant", retry_after_s=60, status=429)
+    """
+
+
+@hookspec
+def disagg_nominate_workers(
+    profile: RequestProfile, role: Role, fleet: FleetView
+) -> Sequence[str] | None:
+    """Name workers that must be looked at for this part of the request.
+
+    In a fleet of more than ``scheduler.candidates`` healthy workers of a role, filters and scorers
+    see a random sample of that size: two random choices already level the load, and a decision
+    costs no more in a larger fleet. A worker that stands out for another reason (it holds the
+    prompt's prefix, or the session) is nominated. In smaller fleets all are looked at anyway, and
+    this hook is not called.
+
+    Called in: the gateway and the simulator.
+    How often: as ``disagg_filter_workers``, before it, in large fleets.
+    Answers: all, together. Names of workers that do not serve the role, or not now, are passed
+    over.
+
+    Returns:
+        A few names of workers, at most 16; None: none.
+
+    Example::
+
+        @hookimpl
+        def disagg_nominate_workers(self, profile):
+            return self.holders.get(profile.session)
     """
 
 

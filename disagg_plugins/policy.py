@@ -145,9 +145,21 @@ class Fleet(Section):
         return self
 
 
+SPLIT_RULES = ("threshold", "always", "never", "load", "slo")
+"""The built-in plugins that decide when a request is split; one of them is asked."""
+
+PICKERS = ("max", "power-of-two", "weighted-random")
+"""Ways to take one of the scored workers; all but ``max`` are built-in plugins."""
+
+
 class SplitPolicy(Section):
     """When a request is split."""
 
+    rule: Literal["threshold", "always", "never", "load", "slo"] = Field(
+        default="threshold",
+        description="The built-in rule that is asked, after the plugins of other packages: prompt "
+        "length, always, never, queues, or predicted TTFT and TPOT against the request's SLO.",
+    )
     min_prompt_tokens: int = Field(
         default=256,
         ge=0,
@@ -155,12 +167,37 @@ class SplitPolicy(Section):
     )
 
 
+DEFAULT_WEIGHTS = {
+    "least-loaded": 1.0,
+    "prefix-affinity": 0.0,
+    "outstanding-tokens": 0.0,
+    "kv-room": 0.0,
+    "transfer-cost": 0.0,
+    "session-affinity": 0.0,
+}
+"""Weights of the built-in scorers where the policy names none."""
+
+
 class SchedulerPolicy(Section):
     """Which rules decide, and how much each scorer weighs."""
 
     split: SplitPolicy = SplitPolicy()
     weights: dict[str, Annotated[float, Field(ge=0, le=1000)]] = Field(
-        default_factory=dict, description="Plugin name -> weight of its scores; 1 where absent."
+        default_factory=dict,
+        description="Plugin name -> weight of its scores. Where absent: least-loaded 1, the other "
+        "built-in scorers 0, those of other packages 1.",
+    )
+    candidates: int = Field(
+        default=8,
+        ge=2,
+        le=4096,
+        description="Workers of a role that are compared for a request; in a larger fleet so many "
+        "at random, and those that plugins nominate.",
+    )
+    pick: Literal["max", "power-of-two", "weighted-random"] = Field(
+        default="max",
+        description="Which of the scored workers is taken: the best, the better of two at random, "
+        "or one at random by its score.",
     )
     chars_per_token: float = Field(
         default=4.0, gt=0.1, le=100, description="Estimate of prompt length for text prompts."

@@ -46,6 +46,7 @@ class Worker:
             mode may know handed-over requests only.
         handoffs: Whether it takes part in handoffs. An engine may have modes for the two phases
             and none for both.
+        kv_tokens: Tokens that its KV cache holds, or None where nobody has said so.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Worker:
     labels: Mapping[str, str] = field(default_factory=dict)
     whole: bool = True
     handoffs: bool = True
+    kv_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +68,46 @@ class WorkerLoad:
         requests: Requests in flight through this gateway.
         prompt_tokens: Their prompt tokens that are still being read (prefill work queued).
         failures: Consecutive failures; 0 after a success.
-        healthy: False while the gateway keeps traffic away from it.
+        healthy: False while the gateway keeps new traffic away from it.
+        output_tokens: Output tokens still expected of them: their bounds, and
+            ``gateway.fleet.EXPECTED_OUTPUT_TOKENS`` for a request without one.
+        kv_tokens: Tokens of KV that they hold or will: their prompts and expected outputs.
+        prefills: Prompts that are being read.
+        kv_usage: Share of its KV cache in use as its engine says, 0 to 1, or None.
+        trial: It has just come back and is given one request at a time until one succeeds.
+        draining: It ends what it has and takes nothing new.
     """
 
     requests: int = 0
     prompt_tokens: int = 0
     failures: int = 0
     healthy: bool = True
+    output_tokens: int = 0
+    kv_tokens: int = 0
+    prefills: int = 0
+    kv_usage: float | None = None
+    trial: bool = False
+    draining: bool = False
 
 
 IDLE = WorkerLoad()
 """The load of a worker that nothing is known of."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetIndex:
+    """What a fleet's keeper knows without looking at each worker.
+
+    Attributes:
+        ready: The healthy workers that may do the work of a role (prefill, decode), in the
+            policy's order.
+        names: Every worker by its name.
+        room: How many of ``ready`` have fewer requests than their capacity, by role.
+    """
+
+    ready: Mapping[Role, Sequence[Worker]]
+    names: Mapping[str, Worker]
+    room: Mapping[Role, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +119,36 @@ class FleetView:
         loads: By name.
         pair_problems: Why two workers cannot share a handoff, by the names of prefill and decode;
             pairs that can are absent.
+        index: Lists that somebody keeps up to date; without them they are made whenever they are
+            asked for, which takes time by the number of workers.
     """
 
     workers: Sequence[Worker]
     loads: Mapping[str, WorkerLoad]
     pair_problems: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    index: FleetIndex | None = field(default=None, compare=False, repr=False)
 
     def load(self, worker: Worker) -> WorkerLoad:
         """Return the load of ``worker``; an unknown worker is idle and healthy."""
         return self.loads.get(worker.name, IDLE)
 
-    def serving(self, role: Role) -> tuple[Worker, ...]:
-        """Return the healthy workers that may do the work of ``role``."""
+    def serving(self, role: Role) -> Sequence[Worker]:
+        """Return the healthy workers that may do the work of ``role``, in the policy's order."""
+        if self.index is not None:
+            return self.index.ready[role]
         return tuple(w for w in self.workers if w.role.serves(role) and self.load(w).healthy)
+
+    def worker(self, name: str) -> Worker | None:
+        """Return the worker of a name, or None."""
+        if self.index is not None:
+            return self.index.names.get(name)
+        return next((w for w in self.workers if w.name == name), None)
+
+    def has_room(self, role: Role) -> bool:
+        """Return whether some healthy worker of ``role`` has fewer requests than its capacity."""
+        if self.index is not None:
+            return self.index.room[role] > 0
+        return any(self.load(w).requests < w.capacity for w in self.serving(role))
 
     def pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
         """Return why these two cannot share a handoff, or None; a worker fits itself."""
@@ -124,6 +172,11 @@ class RequestProfile:
         slo_class: The SLO class, or None.
         tenant: The tenant, or None.
         arrival_s: Arrival on the gateway's monotonic clock, in seconds.
+        session: What ties requests of one conversation together, or None.
+        priority: More urgent requests have a higher one.
+        ttft_slo_s: The bound on TTFT that its SLO class sets, in seconds, or None.
+        tpot_slo_s: The bound on TPOT that its SLO class sets, in seconds, or None.
+        tokens_by: How ``prompt_tokens`` came about: ``ids``, ``tokenizer`` or ``estimate``.
     """
 
     request_id: str
@@ -138,6 +191,11 @@ class RequestProfile:
     slo_class: str | None = None
     tenant: str | None = None
     arrival_s: float = 0.0
+    session: str | None = None
+    priority: int = 0
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    tokens_by: Literal["ids", "tokenizer", "estimate"] = "estimate"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ HOOKS = [
     for node in ast.parse(SOURCE).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("disagg_")
 ]
-KINDS = ("register", "select", "filter", "score", "on")
+KINDS = ("register", "select", "nominate", "filter", "score", "on")
 
 
 def returns(hook: ast.FunctionDef) -> str:
@@ -28,14 +28,14 @@ def is_first_result(hook: ast.FunctionDef) -> bool:
     return any("firstresult=True" in ast.unparse(decorator) for decorator in hook.decorator_list)
 
 
-def test_the_contract_fits_into_five_hundred_lines():
-    assert len(SOURCE.splitlines()) <= 500
+def test_the_contract_fits_into_six_hundred_lines():
+    assert len(SOURCE.splitlines()) <= 600
 
 
 def test_all_three_families_are_there():
     names = {hook.name for hook in HOOKS}
     assert {"disagg_select_split", "disagg_register_transports", "disagg_select_estimate"} <= names
-    assert len(names) == 20
+    assert len(names) == 21
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)

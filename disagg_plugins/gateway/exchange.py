@@ -18,6 +18,7 @@ import msgspec
 
 from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
+from disagg_plugins.gateway.fleet import Work, expected_output
 from disagg_plugins.gateway.refusals import RequestError, error_body
 from disagg_plugins.gateway.sse import (
     OUTPUT,
@@ -87,6 +88,7 @@ class Exchange:
         *,
         request_id: str,
         shared_headers: bytes,
+        answer_headers: bytes,
         arrival_s: float,
     ) -> None:
         route = decision.route
@@ -95,13 +97,14 @@ class Exchange:
         self._parsed = parsed
         self._decision = decision
         self._shared = shared_headers
+        self._answer_headers = answer_headers
         self._route = route
         self._decode = route.decode
         self._ref: HandoffRef | None = None
         self._flow = f.Flow()
         self._times = Timeline(arrival_s)
         self._calls: dict[str, Call] = {}
-        self._tokens_on: dict[str, tuple[str, int]] = {}
+        self._work_on: dict[str, tuple[str, Work]] = {}
         self._status: dict[str, int] = {}
         self._headers: dict[str, list[Header]] = {}
         self._bodies: dict[str, list[bytes]] = {"prefill": [], "decode": []}
@@ -420,7 +423,8 @@ class Exchange:
         self.prefill_deadline_s = now_s + policy.prefill_s
         dialect = self._gateway.fleet.dialects[route.prefill.engine]
         body = encode(dialect.prefill_body(self._parsed.body, ref))
-        self._send("prefill", route.prefill, body, self._parsed.prompt_tokens)
+        tokens = self._parsed.prompt_tokens
+        self._send("prefill", route.prefill, body, Work(tokens, tokens))
 
     def _send_decode(self, command: f.Command) -> None:
         published = command.published if isinstance(command, f.SendDecode) else None
@@ -428,7 +432,12 @@ class Exchange:
             return
         dialect = self._gateway.fleet.dialects[self._decode.engine]
         body = encode(dialect.decode_body(self._parsed.body, self._ref, published))
-        self._send("decode", self._decode, body, 0)
+        self._send("decode", self._decode, body, self._decode_work(0))
+
+    def _decode_work(self, prompt_tokens: int) -> Work:
+        """Return what this request asks of a decode worker that reads ``prompt_tokens`` itself."""
+        bound = self._parsed.max_output_tokens
+        return Work(prompt_tokens, self._parsed.prompt_tokens, expected_output(bound))
 
     def _send_local(self, command: f.Command) -> None:
         whole = self._decode.whole
@@ -443,17 +452,17 @@ class Exchange:
         dialect = self._gateway.fleet.dialects.get(self._decode.engine)
         body = parsed.body if dialect is None else dialect.local_body(parsed.body)
         raw = parsed.raw if body is parsed.body else encode(body)
-        self._send("decode", self._decode, raw, parsed.prompt_tokens)
+        self._send("decode", self._decode, raw, self._decode_work(parsed.prompt_tokens))
 
-    def _send(self, side: str, worker: Worker, body: bytes, prompt_tokens: int) -> None:
+    def _send(self, side: str, worker: Worker, body: bytes, work: Work) -> None:
         gateway = self._gateway
         if side == "decode":
             self._sse = None
             self.decode_deadline_s = time.monotonic() + gateway.policy.gateway.first_byte_s
         self._bodies[side] = []
         self._sizes_bytes[side] = 0
-        gateway.fleet.begin(worker.name, prompt_tokens)
-        self._tokens_on[side] = (worker.name, prompt_tokens)
+        gateway.fleet.begin(worker.name, work)
+        self._work_on[side] = (worker.name, work)
         pool = gateway.pools[worker.name]
         path = self._parsed.endpoint.encode("ascii")
         call = Call(side, post(path, pool.host_header, self._shared, body), self)
@@ -462,22 +471,21 @@ class Exchange:
 
     def _leave(self, side: str) -> None:
         """The worker of ``side`` has no more work of this request."""
-        on = self._tokens_on.pop(side, None)
+        on = self._work_on.pop(side, None)
         if on is not None:
             self._gateway.fleet.end(*on)
         self._calls.pop(side, None)
 
     def _succeeded(self, side: str) -> None:
-        on = self._tokens_on.get(side)
+        on = self._work_on.get(side)
         if on is not None:
             self._gateway.fleet.succeeded(on[0])
         self._leave(side)
 
     def _start_answer(self, _: f.Command) -> None:
-        on = self._tokens_on.get("decode")
-        if on is not None and on[1]:
-            self._gateway.fleet.prompt_read(*on)
-            self._tokens_on["decode"] = (on[0], 0)
+        on = self._work_on.get("decode")
+        if on is not None:
+            self._work_on["decode"] = (on[0], self._gateway.fleet.prompt_read(*on))
         self.record.status = 200
         lines = self._lines(self._headers["decode"])
         if self._whole:
@@ -491,8 +499,7 @@ class Exchange:
         self._first = b""
 
     def _lines(self, headers: list[Header]) -> bytes:
-        lines = forwarded(headers, NOT_DOWNSTREAM)
-        return b"%bx-request-id: %b\r\n" % (lines, self.record.request_id.encode("ascii"))
+        return forwarded(headers, NOT_DOWNSTREAM) + self._answer_headers
 
     def _touch(self, now_s: float) -> None:
         policy = self._gateway.policy.gateway
@@ -542,7 +549,7 @@ class Exchange:
     def _note(self, command: f.Command) -> None:
         if not isinstance(command, f.Note):
             return
-        on = self._tokens_on.get(command.side)
+        on = self._work_on.get(command.side)
         worker = on[0] if on is not None else self.record.decode
         self.record.failures.append(
             FailureRecord(worker, command.side, command.kind, command.detail[:300])
@@ -554,7 +561,7 @@ class Exchange:
             return
         self._over = True
         outcome = command.outcome if isinstance(command, f.Finish) else "ok"
-        for side in list(self._tokens_on):
+        for side in list(self._work_on):
             self._leave(side)
         record, flow = self.record, self._flow
         record.outcome = outcome

@@ -8,11 +8,16 @@ fleet stays out, with the reason told.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from disagg_plugins.gateway.dialect import Dialect, pair_family, tells_endpoints
-from disagg_plugins.types import Family, FleetView, Role, Worker, WorkerLoad
+from disagg_plugins.gateway.pairs import Across, PairProblems
+from disagg_plugins.types import Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
+
+if TYPE_CHECKING:
+    from disagg_plugins.telemetry.records import RequestRecord
 
 MAX_KINDS = 64
 """Distinct failure kinds remembered a worker; they come from the gateway's own short list and
@@ -21,6 +26,15 @@ HTTP status codes."""
 NOT_SICK = re.compile(r"http_4\d\d|no_handoff")
 """Failures that a worker with sound health answers: they are counted, but it stays in."""
 
+
+EXPECTED_OUTPUT_TOKENS = 256
+"""Of a request that bounds its answer by nothing but the model: about the mean of chat traffic
+(Azure's conversation trace of 2023: 211; ShareGPT: about 200)."""
+
+MOST_EXPECTED_TOKENS = 4096
+"""A bound may be any number, and most answers end far below a large one."""
+
+PHASES = (Role.PREFILL, Role.DECODE)
 
 MAX_RANKS = 256
 """As many as ``handoff.endpoints`` takes of one worker."""
@@ -45,11 +59,17 @@ class WorkerState:
     worker: Worker
     requests: int = 0
     prompt_tokens: int = 0
+    output_tokens: int = 0
+    kv_tokens: int = 0
+    prefills: int = 0
+    kv_usage: float | None = None
     failures: int = 0
     healthy: bool = False
     reason: str = "not probed yet"
     models: tuple[str, ...] = ()
     served: int = 0
+    tokens_read: int = 0
+    tokens_written: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     last_problem: str = ""
     hello: Mapping[str, object] | None = None
@@ -57,7 +77,36 @@ class WorkerState:
 
     def load(self) -> WorkerLoad:
         """Return what the scheduler sees."""
-        return WorkerLoad(self.requests, self.prompt_tokens, self.failures, self.healthy)
+        return WorkerLoad(
+            self.requests,
+            self.prompt_tokens,
+            self.failures,
+            self.healthy,
+            self.output_tokens,
+            self.kv_tokens,
+            self.prefills,
+            self.kv_usage,
+        )
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes requests and has fewer than its capacity."""
+        return self.healthy and self.requests < self.worker.capacity
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one request asks of one worker, in tokens.
+
+    Attributes:
+        prompt_tokens: To be read there; 0 where the KV comes from elsewhere.
+        context_tokens: Of the prompt, whose KV it will hold.
+        output_tokens: To be written there, as far as one can know.
+    """
+
+    prompt_tokens: int = 0
+    context_tokens: int = 0
+    output_tokens: int = 0
 
 
 class FleetState:
@@ -76,19 +125,56 @@ class FleetState:
         self.states = {w.name: WorkerState(w) for w in workers}
         self._model = model
         self._unhealthy_after = unhealthy_after
+        self._names = {w.name: w for w in workers}
         self._loads = {name: state.load() for name, state in self.states.items()}
         self._stale: set[str] = set()  # loads to be made anew when somebody looks
-        self._pair_problems: dict[tuple[str, str], str] = {}
-        self._view = FleetView(workers, self._loads, self._pair_problems)
+        self._ready: dict[Role, Sequence[Worker]] = dict.fromkeys(PHASES, ())
+        self._room = dict.fromkeys(PHASES, 0)
+        self._roomy: set[str] = set()
+        self._unsorted = True  # some worker's health changed: the lists are to be made anew
+        self._pairs = PairProblems(self._names, self._pair_problem, self._kind)
+        index = FleetIndex(self._ready, self._names, self._room)
+        self._view = FleetView(workers, self._loads, self._pairs, index)
         for worker in workers:
-            self._match(worker)
+            self._pairs.changed(worker)
 
     def view(self) -> FleetView:
         """Return the fleet as the scheduler sees it now; the next call brings it up to date."""
         while self._stale:
-            name = self._stale.pop()
-            self._loads[name] = self.states[name].load()
+            self._renew(self._stale.pop())
+        if self._unsorted:
+            self._sort()
         return self._view
+
+    def _renew(self, name: str) -> None:
+        state, old = self.states[name], self._loads[name]
+        new = self._loads[name] = state.load()
+        if new.healthy != old.healthy:
+            self._unsorted = True
+        elif state.has_room != (name in self._roomy):
+            self._count_room(state)
+
+    def _count_room(self, state: WorkerState) -> None:
+        name, step = state.worker.name, 1 if state.has_room else -1
+        for role in PHASES:
+            if state.worker.role.serves(role):
+                self._room[role] += step
+        if step > 0:
+            self._roomy.add(name)
+        else:
+            self._roomy.discard(name)
+
+    def _sort(self) -> None:
+        """Make the lists of healthy workers anew: when one falls ill or recovers, not before."""
+        self._unsorted = False
+        self._room.update(dict.fromkeys(PHASES, 0))
+        self._roomy.clear()
+        healthy = [w for w in self.workers if self.states[w.name].healthy]
+        for role in PHASES:
+            self._ready[role] = tuple(w for w in healthy if w.role.serves(role))
+        for worker in healthy:
+            if self.states[worker.name].has_room:
+                self._count_room(self.states[worker.name])
 
     def view_for(self, model: str, *, without: str | None = None) -> FleetView:
         """Return the fleet as far as it serves ``model``: not every engine refuses another name.
@@ -103,27 +189,51 @@ class FleetState:
         if not out:
             return view
         loads = {**view.loads, **dict.fromkeys(out, WorkerLoad(healthy=False))}
-        return FleetView(self.workers, loads, self._pair_problems)
+        return FleetView(self.workers, loads, self._pairs)
 
-    def begin(self, name: str, prompt_tokens: int) -> None:
-        """A request is given to a worker; ``prompt_tokens`` of its prompt are to be read."""
+    def begin(self, name: str, work: Work) -> None:
+        """A request is given to a worker."""
         state = self.states[name]
         state.requests += 1
-        state.prompt_tokens += prompt_tokens
+        state.output_tokens += work.output_tokens
+        state.kv_tokens += work.context_tokens + work.output_tokens
+        if work.prompt_tokens:
+            state.prompt_tokens += work.prompt_tokens
+            state.prefills += 1
         self._stale.add(name)
 
-    def prompt_read(self, name: str, prompt_tokens: int) -> None:
-        """The worker has read the prompt."""
-        state = self.states[name]
-        state.prompt_tokens -= prompt_tokens
-        self._stale.add(name)
+    def prompt_read(self, name: str, work: Work) -> Work:
+        """The worker has read the prompt; returns the work that is left."""
+        if work.prompt_tokens:
+            state = self.states[name]
+            state.prompt_tokens -= work.prompt_tokens
+            state.prefills -= 1
+            self._stale.add(name)
+        return replace(work, prompt_tokens=0)
 
-    def end(self, name: str, prompt_tokens: int) -> None:
-        """The request left the worker; ``prompt_tokens`` as far as not yet read."""
+    def end(self, name: str, work: Work) -> None:
+        """The request left the worker; ``work`` as ``begin`` or ``prompt_read`` left it."""
+        self.prompt_read(name, work)
         state = self.states[name]
         state.requests -= 1
-        state.prompt_tokens -= prompt_tokens
+        state.output_tokens -= work.output_tokens
+        state.kv_tokens -= work.context_tokens + work.output_tokens
         self._stale.add(name)
+
+    def told(self, record: RequestRecord) -> None:
+        """A request ended: count its tokens where they were read and written.
+
+        A stream without usage counts as many tokens as it had pieces.
+        """
+        reader = record.prefill if record.split == "yes" and record.prefill else record.decode
+        for name, read, written in (
+            (reader, record.prompt_tokens or record.prompt_tokens_estimate, 0),
+            (record.decode, 0, record.output_tokens or len(record.gaps_s or ()) + 1),
+        ):
+            state = self.states.get(name)
+            if state is not None:
+                state.tokens_read += read
+                state.tokens_written += written
 
     def succeeded(self, name: str) -> None:
         """The worker did its part of a request."""
@@ -149,7 +259,7 @@ class FleetState:
         if state.failures >= self._unhealthy_after or kind in ("refused", "unreachable"):
             state.healthy = False
             state.reason = f"{kind}: {detail}"
-        self._loads[state.worker.name] = state.load()
+        self._stale.add(state.worker.name)
 
     def probe_ok(self, name: str, models: tuple[str, ...]) -> None:
         """A probe succeeded; the worker serves ``models``."""
@@ -166,7 +276,7 @@ class FleetState:
             state.healthy = True
             state.reason = ""
             state.failures = 0
-        self._loads[name] = state.load()
+        self._stale.add(name)
 
     def model(self) -> str | None:
         """Return the model of the fleet: the policy's, else the first worker's in file order."""
@@ -199,19 +309,15 @@ class FleetState:
         rank, endpoint = hello.get("tp_rank"), hello.get("endpoint")
         if isinstance(rank, int) and 0 <= rank < MAX_RANKS and isinstance(endpoint, dict):
             state.endpoints[rank] = endpoint
-        self._match(state.worker)
+        self._pairs.changed(state.worker)
         return True
 
-    def _match(self, worker: Worker) -> None:
-        """Note whom this worker can share handoffs with."""
-        for other in self.workers:
-            for prefill, decode in ((worker, other), (other, worker)):
-                key = prefill.name, decode.name
-                self._pair_problems.pop(key, None)
-                if not _are_pair(prefill, decode):
-                    continue
-                if (problem := self._pair_problem(prefill, decode)) is not None:
-                    self._pair_problems[key] = problem
+    def _kind(self, worker: Worker) -> object:
+        """Return what decides with whom a worker can share handoffs (see ``_pair_problem``)."""
+        hello = self.states[worker.name].hello
+        said = None if hello is None else tuple(str(hello.get(key)) for key, _, _ in MUST_AGREE)
+        located = bool(self.endpoints(worker.name))
+        return worker.engine, worker.role, worker.handoffs, located, said
 
     def endpoints(self, name: str) -> tuple[Mapping[str, object], ...]:
         """Return where the ranks of a worker serve KV, in order; empty until all have said so."""
@@ -226,6 +332,8 @@ class FleetState:
         return pair_family(self.dialects[prefill.engine], self.dialects[decode.engine])
 
     def _pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
+        if not _are_pair(prefill, decode):
+            return None
         dialects = self.dialects.get(prefill.engine), self.dialects.get(decode.engine)
         if dialects[0] is None or dialects[1] is None:
             return "no dialect is installed for the engine of one of the two workers"
@@ -246,7 +354,11 @@ class FleetState:
 
     def problems(self) -> list[str]:
         """Return what keeps pairs from splitting, one line each, each once."""
-        return list(dict.fromkeys(self._pair_problems.values()))
+        return list(self._pairs.texts())
+
+    def alike(self, view: FleetView, why: str) -> FleetView:
+        """Return ``view`` with one more problem, ``why``, between workers of unlike engines."""
+        return replace(view, pair_problems=Across(view.pair_problems, self._names, why))
 
     def ready(self) -> dict[str, bool]:
         """Return for each role of the policy whether a healthy worker serves it."""
@@ -254,6 +366,13 @@ class FleetState:
             r for r in (Role.PREFILL,) for w in self.workers if w.role.serves(r)
         }
         return {str(role): bool(self.view().serving(role)) for role in sorted(roles)}
+
+
+def expected_output(bound: int | None) -> int:
+    """Return the output tokens to expect of a request with this bound, or with none."""
+    if bound is None:
+        return EXPECTED_OUTPUT_TOKENS
+    return min(max(0, bound), MOST_EXPECTED_TOKENS)
 
 
 def _are_pair(prefill: Worker, decode: Worker) -> bool:

@@ -16,6 +16,7 @@ from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.gateway import endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
 from disagg_plugins.gateway.exchange import Exchange
+from disagg_plugins.gateway.explanations import Explanation, Explanations
 from disagg_plugins.gateway.fleet import FleetState
 from disagg_plugins.gateway.health import Prober
 from disagg_plugins.gateway.openai import (
@@ -26,7 +27,7 @@ from disagg_plugins.gateway.openai import (
 )
 from disagg_plugins.gateway.pool import WorkerPool
 from disagg_plugins.gateway.refusals import RequestError, error_body
-from disagg_plugins.gateway.wire import request_id, upstream_headers
+from disagg_plugins.gateway.wire import header_value, request_id, upstream_headers
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
 from disagg_plugins.telemetry.reports import report_key
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef
     from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.policy import Policy
+    from disagg_plugins.scheduling.trace import Trace
     from disagg_plugins.telemetry.records import RecordFile, RequestRecord
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,9 @@ POOL_SWEEP_S = 5.0
 CLOSING_S = 1.0
 """How long the end waits for sockets that were told to close."""
 
+EXPLAIN = b"x-disagg-explain"
+"""A request with this header is answered with one that tells what decided its route."""
+
 RECORDS_S = 5.0
 """How long the end waits for the disk that takes the last records."""
 
@@ -57,7 +62,9 @@ RECORDS_S = 5.0
 class Decides(Protocol):
     """What the gateway needs of the scheduler."""
 
-    def decide(self, profile: RequestProfile, fleet: FleetView) -> Decision:
+    def decide(
+        self, profile: RequestProfile, fleet: FleetView, trace: Trace | None = None
+    ) -> Decision:
         """Return the route of a request."""
         ...
 
@@ -127,6 +134,7 @@ class Gateway:
         )
         self.connections: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
+        self.explanations = Explanations()
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
         self._changed = asyncio.Event()
@@ -218,7 +226,9 @@ class Gateway:
         """Route one completion or chat request."""
         now_s = time.monotonic()
         name = request_id(request.headers)
-        id_line = b"x-request-id: %b\r\n" % name.encode("ascii")
+        lines = b"x-request-id: %b\r\n" % name.encode("ascii")
+        explained = header_value(request.headers, EXPLAIN) is not None
+        explanation: Explanation | None = None
         try:
             parsed = parse_request(
                 request.path.partition(b"?")[0].decode("ascii"),
@@ -227,14 +237,17 @@ class Gateway:
             )
             self._check_model(parsed)
             self._check_room()
-            decision = self._decide(self._profile(name, parsed, now_s), parsed.body)
+            explanation = self.explanations.begin(self._profile(name, parsed, now_s))
+            decision = self._decide(explanation, parsed.body)
         except RequestError as exc:
             self.metrics.count("disagg_client_errors", (str(exc.status),))
-            client.answer(exc.status, exc.body(), JSON + id_line)
+            client.answer(exc.status, exc.body(), JSON + lines)
             return
         except NoCapacityError as exc:
-            retry = b"retry-after: %d\r\n" % max(1, round(exc.retry_after_s))
-            lines = id_line + retry
+            lines += b"retry-after: %d\r\n" % max(1, round(exc.retry_after_s))
+            if explanation is not None:
+                explanation.refused = exc.problem
+                lines += _explain_line(explanation) if explained else b""
             self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines)
             return
         exchange = Exchange(
@@ -244,8 +257,10 @@ class Gateway:
             decision,
             request_id=name,
             shared_headers=upstream_headers(request.headers, name),
+            answer_headers=lines + (_explain_line(explanation) if explained else b""),
             arrival_s=now_s,
         )
+        explanation.record = exchange.record
         self.active.add(exchange)
         exchange.begin()
 
@@ -286,28 +301,30 @@ class Gateway:
             arrival_s=now_s,
         )
 
-    def _decide(self, profile: RequestProfile, body: Body) -> Decision:
+    def _decide(self, explanation: Explanation, body: Body) -> Decision:
+        profile, trace = explanation.profile, explanation.trace
         view = self.fleet.view_for(profile.model)
-        decision = self._scheduler.decide(profile, view)
+        decision = self._scheduler.decide(profile, view, trace)
         route = decision.route
         if isinstance(route, Disaggregated) and route.prefill.engine != route.decode.engine:
             why = self.fleet.dialects[route.decode.engine].unsplittable_across(body)
             if why is not None:
-                decision = self._decide_alike(profile, view, why)
+                decision = self._decide_alike(profile, view, why, trace)
         if decision.problem:
             self._tell(decision.problem)
+        explanation.decision = decision
         return decision
 
-    def _decide_alike(self, profile: RequestProfile, view: FleetView, why: str) -> Decision:
+    def _decide_alike(
+        self, profile: RequestProfile, view: FleetView, why: str, trace: Trace
+    ) -> Decision:
         """Return the route of a request that two engines cannot share: ``why``."""
-        workers = view.workers
-        unlike = {(p.name, d.name): why for p in workers for d in workers if p.engine != d.engine}
-        alike = replace(view, pair_problems={**unlike, **view.pair_problems})
+        alike = self.fleet.alike(view, why)
         with contextlib.suppress(NoCapacityError):
-            decision = self._scheduler.decide(profile, alike)
+            decision = self._scheduler.decide(profile, alike, trace)
             if isinstance(decision.route, Disaggregated):
                 return decision
-        return self._scheduler.decide(replace(profile, unsplittable=why), view)
+        return self._scheduler.decide(replace(profile, unsplittable=why), view, trace)
 
     def _tell(self, problem: str) -> None:
         if problem not in self._told_problems and len(self._told_problems) < RECENT:
@@ -322,7 +339,9 @@ class Gateway:
         )
         try:
             view = self.fleet.view_for(profile.model, without=failed.name)
-            decision = self._scheduler.decide(profile, view)
+            explanation = self.explanations.of(name)
+            trace = None if explanation is None else explanation.trace
+            decision = self._scheduler.decide(profile, view, trace)
         except NoCapacityError:
             return None
         other = decision.route.decode
@@ -357,6 +376,8 @@ class Gateway:
 
     def _settle(self, record: RequestRecord) -> None:
         self.recent.append((record.route, record.split, _reason_label(record.why)))
+        if record.outcome == "ok":
+            self.fleet.told(record)
         if self._records is not None and not self._records.add(record):
             self.metrics.count("disagg_records_dropped")
         if not self._scheduler.wants_ends:
@@ -459,6 +480,10 @@ def _reason_label(why: str) -> str:
     return " ".join("N" if any(c.isdigit() for c in word) else word for word in head.split())[:100]
 
 
+def _explain_line(explanation: Explanation) -> bytes:
+    return b"x-disagg-explain: %b\r\n" % explanation.header()
+
+
 GET = (b"GET", b"HEAD")
 POST = (b"POST",)
 _ROUTES: Mapping[bytes, tuple[tuple[bytes, ...], Handler]] = {
@@ -469,5 +494,6 @@ _ROUTES: Mapping[bytes, tuple[tuple[bytes, ...], Handler]] = {
     b"/ready": (GET, endpoints.ready),
     b"/metrics": (GET, endpoints.metrics),
     b"/internal/status": (GET, endpoints.status),
+    b"/internal/explain": (GET, endpoints.explain),
     b"/internal/reports": (POST, endpoints.reports),
 }

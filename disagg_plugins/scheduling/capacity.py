@@ -18,16 +18,19 @@ RETRY_FULL_S = 1.0
 
 
 class Capacity:
-    """Refuses a request when no decode worker can take it; leaves out full workers."""
+    """Refuses a request when no decode worker can take it; leaves out full workers.
+
+    A worker that has just come back is full with one request, until one succeeds there.
+    """
 
     @hookimpl
     def disagg_select_admission(self, profile: RequestProfile, fleet: FleetView) -> Refusal | None:
         """See ``hookspecs.disagg_select_admission``."""
+        if fleet.has_room(Role.DECODE):
+            return None
         serving = fleet.serving(Role.DECODE)
         if not serving:
             return Refusal("no healthy decode worker", RETRY_UNHEALTHY_S, status=503)
-        if any(_has_room(worker, fleet) for worker in serving):
-            return None
         requests = sum(fleet.load(worker).requests for worker in serving)
         capacity = sum(worker.capacity for worker in serving)
         return Refusal(
@@ -46,4 +49,5 @@ class Capacity:
 
 
 def _has_room(worker: Worker, fleet: FleetView) -> bool:
-    return fleet.load(worker).requests < worker.capacity
+    load = fleet.load(worker)
+    return load.requests < (1 if load.trial else worker.capacity)

@@ -6,11 +6,14 @@ simulator decide with the same code.
 
 from __future__ import annotations
 
+import random
 import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
+from disagg_plugins.policy import DEFAULT_WEIGHTS, PICKERS, SPLIT_RULES
+from disagg_plugins.scheduling.trace import CORE, Trace
 from disagg_plugins.types import (
     Decision,
     Disaggregated,
@@ -23,7 +26,7 @@ from disagg_plugins.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from disagg_plugins.plugins import PluginHost
     from disagg_plugins.policy import Policy
@@ -41,44 +44,57 @@ class Scheduler:
     Args:
         host: The plugins; told the policy here (``PluginHost.start``).
         policy: The whole policy.
+        seed: Of the random samples of large fleets; None: another one each time.
     """
 
-    def __init__(self, host: PluginHost, policy: Policy) -> None:
+    def __init__(self, host: PluginHost, policy: Policy, *, seed: int | None = None) -> None:
         host.start(policy)
+        rules = policy.scheduler
         self._hooks = host.scheduler
-        self._weights = dict(policy.scheduler.weights)
+        self._weights = {**DEFAULT_WEIGHTS, **rules.weights}
+        self._candidates = rules.candidates
+        self._not_asked = frozenset({*SPLIT_RULES, *PICKERS} - {rules.split.rule, rules.pick})
+        self._random = random.Random(seed).random
         self._lock = threading.Lock()
         self._turn = 0
         self._last_turn: dict[tuple[Role, str], int] = {}
 
-    def decide(self, profile: RequestProfile, fleet: FleetView) -> Decision:
+    def decide(
+        self, profile: RequestProfile, fleet: FleetView, trace: Trace | None = None
+    ) -> Decision:
         """Return the route of a request and why it was chosen.
+
+        Args:
+            profile: The request.
+            fleet: The workers and their loads.
+            trace: Takes every step and what plugins said.
 
         Raises:
             NoCapacityError: The request is refused, or no decode worker can take it.
         """
-        refusal = self._hooks.select_admission(profile, fleet)
+        trace = Trace() if trace is None else trace
+        refusal = self._hooks.select_admission(profile, fleet, trace)
         if refusal is not None:
             raise NoCapacityError(
                 refusal.reason, retry_after_s=refusal.retry_after_s, status=refusal.status
             )
-        split = self._split(profile, fleet)
+        split = self._split(profile, fleet, trace)
         if not split.split:
-            whole, problem = self._worker(profile, Role.DECODE, fleet, serves_whole)
+            whole, problem = self._worker(profile, Role.DECODE, fleet, serves_whole, trace)
             if whole is not None:
                 return Decision(Local(whole), split.reason)
             split = self._forced(profile, fleet, split, problem)
         pairs = Pairs(fleet)
-        decode, problem = self._worker(profile, Role.DECODE, fleet, pairs.has_prefill)
+        decode, problem = self._worker(profile, Role.DECODE, fleet, pairs.has_prefill, trace)
         prefill: Worker | None = None
         if decode is not None:
             prefill, problem = self._worker(
-                profile, Role.PREFILL, fleet, partial(pairs.fit, decode=decode), other=decode
+                profile, Role.PREFILL, fleet, partial(pairs.fit, decode=decode), trace, other=decode
             )
         if decode is None or prefill is None:
             problem = f"split is off: {pairs.problem}" if pairs.problem else problem
             if decode is None or not decode.whole:
-                decode, why = self._worker(profile, Role.DECODE, fleet, serves_whole)
+                decode, why = self._worker(profile, Role.DECODE, fleet, serves_whole, trace)
                 problem = problem if pairs.problem or fleet.serving(Role.DECODE) else why
             if decode is None:
                 raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S)
@@ -122,12 +138,11 @@ class Scheduler:
         """Tell the plugins how a request ended."""
         self._hooks.on_request_end(record)
 
-    def _split(self, profile: RequestProfile, fleet: FleetView) -> SplitDecision:
+    def _split(self, profile: RequestProfile, fleet: FleetView, trace: Trace) -> SplitDecision:
         if profile.unsplittable is not None:
             return SplitDecision(False, f"cannot be split: {profile.unsplittable}")
-        return self._hooks.select_split(profile, fleet) or SplitDecision(
-            False, "no plugin asked for a split"
-        )
+        decision = self._hooks.select_split(profile, fleet, trace, without=self._not_asked)
+        return decision or SplitDecision(False, "no plugin asked for a split")
 
     def _worker(
         self,
@@ -135,6 +150,7 @@ class Scheduler:
         role: Role,
         fleet: FleetView,
         able: Callable[[Worker], bool],
+        trace: Trace,
         *,
         other: Worker | None = None,
     ) -> tuple[Worker | None, str]:
@@ -143,19 +159,56 @@ class Scheduler:
         Workers that are not ``able`` are left out. ``other`` holds the other role of this request:
         among equals it comes last.
         """
-        candidates = tuple(filter(able, fleet.serving(role)))
-        if not candidates:
-            return None, f"no healthy {role} worker"
-        workers, left_out_by = self._hooks.filter_workers(profile, role, candidates, fleet)
+        serving = fleet.serving(role)
+        workers: tuple[Worker, ...] = ()
+        if len(serving) > self._candidates:
+            sample = self._sample(profile, role, fleet, trace)
+            workers, _ = self._left(profile, role, sample, able, fleet, trace)
         if not workers:
-            return None, f"no {role} worker left by {', '.join(left_out_by)}"
-        scored = self._hooks.score_workers(profile, role, workers, fleet, self._weights)
-        name = self._hooks.select_worker(profile, role, scored)
+            workers, why = self._left(profile, role, serving, able, fleet, trace)
+            if not workers:
+                return None, why
+        scored = self._hooks.score_workers(profile, role, workers, fleet, self._weights, trace)
+        name = self._hooks.select_worker(profile, role, scored, trace, without=self._not_asked)
         with self._lock:
             if name is None:
                 name = self._best(role, scored, None if other is None else other.name)
             self._chosen(role, name, fleet)
+        trace.note("chosen", role, ((CORE, name),))
         return next(worker for worker in workers if worker.name == name), ""
+
+    def _left(
+        self,
+        profile: RequestProfile,
+        role: Role,
+        workers: Sequence[Worker],
+        able: Callable[[Worker], bool],
+        fleet: FleetView,
+        trace: Trace,
+    ) -> tuple[tuple[Worker, ...], str]:
+        """Return the workers that are able and left by all filters, or none and why."""
+        candidates = tuple(filter(able, workers))
+        if not candidates:
+            return (), f"no healthy {role} worker"
+        left, left_out_by = self._hooks.filter_workers(profile, role, candidates, fleet, trace)
+        return left, f"no {role} worker left by {', '.join(left_out_by)}"
+
+    def _sample(
+        self, profile: RequestProfile, role: Role, fleet: FleetView, trace: Trace
+    ) -> list[Worker]:
+        """Return random workers of a role and the nominated ones, each once.
+
+        The best of a few random choices is nearly as good as the best of all, and herds less:
+        Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001.
+        """
+        serving, draw = fleet.serving(role), self._random
+        drawn = [serving[int(draw() * len(serving))] for _ in range(self._candidates)]
+        found = {worker.name: worker for worker in drawn}
+        for name in self._hooks.nominate_workers(profile, role, fleet, self._weights, trace):
+            worker = fleet.worker(name)
+            if worker is not None and worker.role.serves(role) and fleet.load(worker).healthy:
+                found[name] = worker
+        return list(found.values())
 
     def _best(self, role: Role, scored: Mapping[str, float], other: str | None) -> str:
         if len(scored) == 1:
@@ -186,11 +239,13 @@ class Pairs:
 
     def __init__(self, fleet: FleetView) -> None:
         self._fleet = fleet
-        self._prefills = [w for w in fleet.serving(Role.PREFILL) if w.handoffs]
+        self._any = bool(fleet.pair_problems)
         self.problem = ""
 
     def fit(self, prefill: Worker, decode: Worker) -> bool:
         """Return whether these two can share a handoff."""
+        if not self._any:
+            return prefill.handoffs
         problem = self._fleet.pair_problem(prefill, decode)
         self.problem = problem or self.problem
         return problem is None and prefill.handoffs
@@ -199,4 +254,6 @@ class Pairs:
         """Return whether some prefill worker can hand over to ``decode``."""
         if not decode.handoffs:
             return False
-        return not self._fleet.pair_problems or any(self.fit(p, decode) for p in self._prefills)
+        if not self._any:
+            return True
+        return any(self.fit(p, decode) for p in self._fleet.serving(Role.PREFILL))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
+from operator import is_
 from types import MappingProxyType
 from typing import TypeVar
 
 from disagg_plugins.hook_calls import HookCalls, NonsenseError
+from disagg_plugins.scheduling.trace import CORE, Answers, Trace
 from disagg_plugins.types import (
     FleetView,
     Refusal,
@@ -19,6 +21,9 @@ from disagg_plugins.types import (
 
 T = TypeVar("T")
 
+MAX_NOMINEES = 16
+"""Of one plugin, for one request: every one of them costs a filter and a score."""
+
 NEUTRAL_SCORE = 0.5
 """Given where no plugin has an opinion."""
 
@@ -29,34 +34,80 @@ class SchedulerHooks:
     def __init__(self, calls: HookCalls) -> None:
         self._calls = calls
 
-    def select_admission(self, profile: RequestProfile, fleet: FleetView) -> Refusal | None:
+    def select_admission(
+        self, profile: RequestProfile, fleet: FleetView, trace: Trace | None = None
+    ) -> Refusal | None:
         """Return the first refusal; None admits."""
         found = self._calls.first(
             "disagg_select_admission", _instance(Refusal), {"profile": profile, "fleet": fleet}
         )
-        return None if found is None else found[1]
+        if found is None:
+            return None
+        _note(trace, "admission", None, (found,))
+        return found[1]
 
-    def select_split(self, profile: RequestProfile, fleet: FleetView) -> SplitDecision | None:
+    def select_split(
+        self,
+        profile: RequestProfile,
+        fleet: FleetView,
+        trace: Trace | None = None,
+        *,
+        without: Collection[str] = (),
+    ) -> SplitDecision | None:
         """Return the first decision; None when nobody has an opinion."""
         found = self._calls.first(
-            "disagg_select_split", _instance(SplitDecision), {"profile": profile, "fleet": fleet}
+            "disagg_select_split",
+            _instance(SplitDecision),
+            {"profile": profile, "fleet": fleet},
+            without=without,
         )
-        return None if found is None else found[1]
+        if found is None:
+            return None
+        _note(trace, "split", None, (found,))
+        return found[1]
+
+    def nominate_workers(
+        self,
+        profile: RequestProfile,
+        role: Role,
+        fleet: FleetView,
+        weights: Mapping[str, float],
+        trace: Trace | None = None,
+    ) -> tuple[str, ...]:
+        """Return the names of all nominated workers, each once."""
+        if not self._calls.asks("disagg_nominate_workers"):
+            return ()
+        answers = self._calls.every(
+            "disagg_nominate_workers",
+            _names,
+            {"profile": profile, "role": role, "fleet": fleet},
+            without=_weightless(weights),
+        )
+        _note(trace, "nominate", role, answers)
+        return tuple(dict.fromkeys(name for _, names in answers for name in names))
 
     def filter_workers(
-        self, profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
+        self,
+        profile: RequestProfile,
+        role: Role,
+        workers: Sequence[Worker],
+        fleet: FleetView,
+        trace: Trace | None = None,
     ) -> tuple[tuple[Worker, ...], tuple[str, ...]]:
         """Return the workers that every plugin keeps, and the plugins that left some out."""
-        by_name = {worker.name: worker for worker in workers}
         arguments = {"profile": profile, "role": role, "workers": workers, "fleet": fleet}
         left_out_by = []
-        kept = set(by_name)
-        for plugin, names in self._calls.every(
-            "disagg_filter_workers", lambda answer: _worker_names(answer, by_name), arguments
-        ):
-            if len(names) < len(by_name):
+        kept: set[str] | None = None  # None: all
+        answers = self._calls.every(
+            "disagg_filter_workers", lambda answer: _kept_names(answer, workers), arguments
+        )
+        _note(trace, "filter", role, answers)
+        for plugin, names in answers:
+            if names is not None and len(names) < len(workers):
                 left_out_by.append(plugin)
-            kept &= names
+                kept = names if kept is None else kept & names
+        if kept is None:
+            return tuple(workers), ()
         return tuple(w for w in workers if w.name in kept), tuple(left_out_by)
 
     def score_workers(
@@ -66,20 +117,38 @@ class SchedulerHooks:
         workers: Sequence[Worker],
         fleet: FleetView,
         weights: Mapping[str, float],
+        trace: Trace | None = None,
     ) -> dict[str, float]:
         """Return each worker's weighted mean score, neutral where nobody has an opinion."""
-        names = [worker.name for worker in workers]
+        totals = {worker.name: 0.0 for worker in workers}
         answers = self._calls.every(
             "disagg_score_workers",
-            lambda answer: _scores(answer, names),
+            lambda answer: _scores(answer, totals),
             {"profile": profile, "role": role, "workers": workers, "fleet": fleet},
             without=_weightless(weights),
         )
-        weighted = [(weights.get(plugin, 1.0), scores) for plugin, scores in answers]
-        return {name: _mean([(w, s[name]) for w, s in weighted if name in s]) for name in names}
+        _note(trace, "score", role, answers)
+        weights_of = dict.fromkeys(totals, 0.0)
+        for plugin, scores in answers:
+            weight = weights.get(plugin, 1.0)
+            for name, score in scores.items():
+                totals[name] += weight * score
+                weights_of[name] += weight
+        combined = {
+            name: total / weights_of[name] if weights_of[name] else NEUTRAL_SCORE
+            for name, total in totals.items()
+        }
+        _note(trace, "combined", role, ((CORE, combined),))
+        return combined
 
     def select_worker(
-        self, profile: RequestProfile, role: Role, scored: Mapping[str, float]
+        self,
+        profile: RequestProfile,
+        role: Role,
+        scored: Mapping[str, float],
+        trace: Trace | None = None,
+        *,
+        without: Collection[str] = (),
     ) -> str | None:
         """Return the first valid answer, a key of ``scored``, or None."""
         if not self._calls.asks("disagg_select_worker"):
@@ -91,8 +160,11 @@ class SchedulerHooks:
             return answer
 
         arguments = {"profile": profile, "role": role, "scored": MappingProxyType(dict(scored))}
-        found = self._calls.first("disagg_select_worker", check, arguments)
-        return None if found is None else found[1]
+        found = self._calls.first("disagg_select_worker", check, arguments, without=without)
+        if found is None:
+            return None
+        _note(trace, "select", role, (found,))
+        return found[1]
 
     def score_queue(self, profile: RequestProfile, weights: Mapping[str, float]) -> float:
         """Return how urgent a waiting request is, from 0 to 1."""
@@ -111,6 +183,11 @@ class SchedulerHooks:
         self._calls.tell("disagg_on_request_end", {"record": MappingProxyType(dict(record))})
 
 
+def _note(trace: Trace | None, step: str, role: Role | None, answers: Answers) -> None:
+    if trace is not None and answers:
+        trace.note(step, role, answers)
+
+
 def _instance(kind: type[T]) -> Callable[[object], T]:
     def check(answer: object) -> T:
         if not isinstance(answer, kind):
@@ -118,6 +195,24 @@ def _instance(kind: type[T]) -> Callable[[object], T]:
         return answer
 
     return check
+
+
+def _names(answer: object) -> Sequence[str]:
+    if not isinstance(answer, Sequence) or isinstance(answer, (str, bytes)):
+        raise NonsenseError(f"answered {type(answer).__name__}, not a list of names")
+    if len(answer) > MAX_NOMINEES:
+        raise NonsenseError(f"nominated {len(answer)} workers, more than {MAX_NOMINEES}")
+    for name in answer:
+        if not isinstance(name, str):
+            raise NonsenseError(f"nominated a {type(name).__name__}, not a name")
+    return answer
+
+
+def _kept_names(answer: object, workers: Sequence[Worker]) -> set[str] | None:
+    """Return the names a filter kept, or None for all, which is the usual and cheap case."""
+    if type(answer) is list and len(answer) == len(workers) and all(map(is_, answer, workers)):
+        return None
+    return _worker_names(answer, {worker.name for worker in workers})
 
 
 def _worker_names(answer: object, allowed: Collection[str]) -> set[str]:

@@ -7,13 +7,24 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from disagg_plugins.gateway.fleet import FleetState
+from disagg_plugins.gateway.explanations import Explanation
+from disagg_plugins.gateway.fleet import FleetState, Work
 from disagg_plugins.gateway.server import Gateway
 from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy import Policy
 from disagg_plugins.scheduling.decision import Scheduler
-from disagg_plugins.types import Decision, Disaggregated, Local, RequestProfile, Role, Worker
+from disagg_plugins.types import (
+    Decision,
+    Disaggregated,
+    FleetView,
+    Local,
+    RequestProfile,
+    Role,
+    Worker,
+)
 from disagg_sglang.dialect import SglangDialect
 from disagg_vllm.dialect import VllmDialect
 
@@ -52,13 +63,13 @@ def decide(state: FleetState, body: Body, profile: RequestProfile = PROFILE) -> 
         )
         gateway = SimpleNamespace(fleet=state, _scheduler=Scheduler(host, policy))
         gateway._decide_alike = lambda *a: Gateway._decide_alike(cast("Any", gateway), *a)
-        return Gateway._decide(cast("Any", gateway), profile, body)
+        return Gateway._decide(cast("Any", gateway), Explanation(profile), body)
 
 
 @pytest.mark.parametrize("turn", range(2))
 def test_what_two_engines_cannot_share_goes_to_a_pair_of_one_engine(turn: int) -> None:
     state = fleet(("v", "vllm", "prefill"), ("s", "sglang", "prefill"), ("d", "sglang", "decode"))
-    state.begin("vs"[turn], 100)
+    state.begin("vs"[turn], Work(100))
     route = decide(state, {"logprobs": 1}).route
     assert isinstance(route, Disaggregated)
     assert route.prefill.name == "s"
@@ -66,7 +77,7 @@ def test_what_two_engines_cannot_share_goes_to_a_pair_of_one_engine(turn: int) -
 
 def test_what_two_engines_cannot_share_goes_whole_where_there_is_no_pair_of_one_engine() -> None:
     state = fleet(("v", "vllm", "prefill"), ("d", "sglang", "decode"), ("b", "sglang", "both"))
-    state.begin("b", 100)
+    state.begin("b", Work(100))
     assert decide(state, {"logprobs": 1}).route == Local(state.workers[2])
 
 
@@ -75,10 +86,77 @@ def test_an_adapter_is_asked_only_of_workers_that_have_it() -> None:
     state = fleet(
         ("p", "vllm", "prefill"), ("d", "sglang", "decode"), ("v", "vllm", "decode"), models=adapted
     )
-    state.begin("v", 100)
+    state.begin("v", Work(100))
     base = decide(state, {}).route
     assert base.decode.name == "d"
     asked = replace(PROFILE, model="adapter")
     assert decide(state, {}, asked).route.decode.name == "v"
     view = state.view_for("adapter", without="v")
     assert [w.name for w in view.workers if view.load(w).healthy] == ["p"]
+
+
+WORKS = st.builds(Work, *[st.integers(0, 500)] * 3)
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["begin", "end", "sick", "well"]), st.integers(0, 3), WORKS),
+    max_size=40,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(STEPS)
+def test_what_the_keeper_counts_is_what_looking_at_each_worker_finds(
+    steps: list[tuple[str, int, Work]],
+) -> None:
+    state = fleet(
+        ("p", "vllm", "prefill"),
+        ("d", "vllm", "decode"),
+        ("b", "vllm", "both"),
+        ("e", "vllm", "both"),
+    )
+    state.states["b"].worker = replace(state.states["b"].worker, capacity=1)
+    running: dict[str, list[Work]] = {name: [] for name in "pdbe"}
+    for step, which, work in steps:
+        name = "pdbe"[which]
+        if step == "begin":
+            running[name].append(work)
+            state.begin(name, work)
+        elif step == "end" and running[name]:
+            state.end(name, running[name].pop())
+        elif step == "sick":
+            state.probe_failed(name, "refused", "nobody listens")
+        elif step == "well":
+            state.probe_ok(name, ("base",))
+        view = state.view()
+        plain = FleetView(tuple(s.worker for s in state.states.values()), view.loads)
+        for role in (Role.PREFILL, Role.DECODE):
+            assert [w.name for w in view.serving(role)] == [w.name for w in plain.serving(role)]
+            assert view.has_room(role) == plain.has_room(role)
+        for other, works in running.items():
+            load = view.loads[other]
+            assert load.requests == len(works)
+            assert load.prompt_tokens == sum(w.prompt_tokens for w in works)
+            assert load.prefills == sum(w.prompt_tokens > 0 for w in works)
+            assert load.output_tokens == sum(w.output_tokens for w in works)
+            assert load.kv_tokens == sum(w.context_tokens + w.output_tokens for w in works)
+
+
+def test_pairs_are_judged_alike_one_by_one_and_by_kind() -> None:
+    state = fleet(
+        ("p1", "vllm", "prefill"),
+        ("p2", "vllm", "prefill"),
+        ("d", "vllm", "decode"),
+        ("b", "vllm", "both"),
+    )
+    problems = state.view().pair_problems
+    assert not problems
+    assert list(problems) == []
+    state.greet("p2", {"fingerprint": "aa", "tp_rank": 0, "tp_size": 1})
+    assert not problems, "the others have not said theirs"
+    state.greet("d", {"fingerprint": "bb", "tp_rank": 0, "tp_size": 1})
+    assert problems
+    assert list(problems) == [("p2", "d")]
+    assert state.problems() == [problems["p2", "d"]]
+    assert problems.get(("p1", "d")) is None
+    assert problems.get(("d", "p2")) is None
+    state.greet("d", {"fingerprint": "aa", "tp_rank": 0, "tp_size": 1})
+    assert not problems

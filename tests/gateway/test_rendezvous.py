@@ -9,6 +9,7 @@ import pytest
 
 from disagg_plugins import hookimpl
 from disagg_plugins.errors import LocalProtocolError
+from disagg_plugins.gateway.fleet import Work
 from disagg_plugins.telemetry.reports import Reporter
 from disagg_plugins.testing.fake_engine import Behaviour
 from disagg_vllm.dialect import KEY, VllmDialect
@@ -266,12 +267,12 @@ def test_prefill_failure_goes_to_a_worker_that_serves_whole_requests(build: Buil
             b0="both",
         )
     )
-    stack.gateway.fleet.begin("b0", 10_000)  # busy, so that d0 is chosen
+    stack.gateway.fleet.begin("b0", Work(10_000))  # busy, so that d0 is chosen
     assert stack.complete()[0] == 200
     [record] = stack.records(1)
     assert record["retries"] == 0
     assert stack.engines["b0"].seen.requests == 1
-    stack.gateway.fleet.end("b0", 10_000)
+    stack.gateway.fleet.end("b0", Work(10_000))
 
 
 def test_decode_failure_goes_to_a_worker_that_serves_whole_requests(build: Build) -> None:

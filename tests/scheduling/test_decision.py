@@ -322,3 +322,67 @@ def test_the_reason_is_told_when_no_pair_fits(scheduler):
     assert decision.problem in problems.values()
     with pytest.raises(NoCapacityError, match="split is off: p"):
         scheduler().decide(LONG, FleetView(dependent(TWO_BY_TWO), {}, problems))
+
+
+def many(prefills, decodes):
+    return workers(
+        **{f"p{i}": "prefill" for i in range(prefills)},
+        **{f"d{i}": "decode" for i in range(decodes)},
+    )
+
+
+def test_in_a_large_fleet_only_a_sample_is_scored(scheduler):
+    seen = []
+
+    def disagg_score_workers(workers):
+        seen.append(len(workers))
+
+    decider = scheduler(watcher={"disagg_score_workers": disagg_score_workers})
+    decider.decide(LONG, FleetView(many(100, 200), {}))
+    assert len(seen) == 2
+    assert all(2 <= count <= 8 for count in seen)
+
+
+def test_samples_level_the_load_of_a_large_fleet(scheduler):
+    """After m requests on n workers the fullest holds little more than m / n."""
+    decider, members = scheduler(), many(0, 100)
+    members = tuple(replace(w, capacity=64) for w in members)
+    loads = {}
+    for _ in range(1000):
+        name = names(decider.decide(SHORT, FleetView(members, loads)))[0]
+        loads[name] = WorkerLoad(requests=loads.get(name, WorkerLoad()).requests + 1)
+    assert max(load.requests for load in loads.values()) <= 12
+
+
+def test_a_nominated_worker_is_looked_at_in_a_large_fleet(scheduler):
+    decider = scheduler(
+        mine={
+            "disagg_nominate_workers": lambda role: ["d150", "no-such-worker", "p3"],
+            "disagg_score_workers": lambda workers: {
+                w.name: float(w.name == "d150") for w in workers
+            },
+        },
+        weights={"mine": 1000},
+    )
+    for _ in range(5):
+        assert names(decider.decide(SHORT, FleetView(many(10, 200), {}))) == ("d150",)
+
+
+def test_a_nominated_worker_that_rests_is_passed_over(scheduler):
+    decider = scheduler(mine={"disagg_nominate_workers": lambda: ["d150"]})
+    loads = {"d150": WorkerLoad(healthy=False)}
+    for _ in range(5):
+        assert names(decider.decide(SHORT, FleetView(many(0, 200), loads))) != ("d150",)
+
+
+def test_where_the_whole_sample_is_full_the_one_worker_with_room_is_found(scheduler):
+    loads = {f"d{i}": WorkerLoad(requests=4) for i in range(200) if i != 77}
+    assert names(scheduler().decide(SHORT, FleetView(many(0, 200), loads))) == ("d77",)
+
+
+def test_a_worker_that_came_back_is_given_one_request_at_a_time(scheduler):
+    members = workers(d1="decode", d2="decode")
+    loads = {"d1": WorkerLoad(requests=1, trial=True), "d2": WorkerLoad(requests=3)}
+    assert names(scheduler().decide(SHORT, FleetView(members, loads))) == ("d2",)
+    loads["d1"] = WorkerLoad(trial=True)
+    assert names(scheduler().decide(SHORT, FleetView(members, loads))) == ("d1",)
