@@ -17,7 +17,8 @@ from urllib.request import urlopen
 import psutil
 import yaml
 
-from disagg_plugins.policy import SchedulerPolicy, SplitPolicy
+from disagg_plugins.builtins import BUILTINS
+from disagg_plugins.policy import SchedulerPolicy
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -45,7 +46,7 @@ ALONE = frozenset({"never", "vllm-router-whole"})
 """Arms that never split."""
 
 OLD_RULES = ("never", "always", "threshold")
-"""What a policy without ``scheduler.split.rule`` can say by its threshold."""
+"""What a release without these rules can say by its threshold."""
 
 WORKERS = 4
 WHOLE = ("both",) * WORKERS
@@ -81,7 +82,7 @@ def arms(names: Sequence[str], prefills: int) -> list[Arm]:
                 found.append(Arm(name, WHOLE if name in ALONE else halves, None))
             continue
         fleet, rule = RULES[name]
-        if rule in OLD_RULES or "rule" in SplitPolicy.model_fields:
+        if rule in OLD_RULES or rule in BUILTINS:
             found.append(Arm(name, WHOLE if fleet == "whole" else halves, rule))
     return found
 
@@ -93,11 +94,11 @@ def router_binary() -> Path | None:
 
 
 def scheduler_section(rule: str, slo: Slo) -> dict[str, Any]:
-    """Return the policy's ``scheduler`` for a rule; older policies know only the threshold."""
+    """Return the policy's ``scheduler`` for a rule, with the workload's bounds as its SLO class."""
     section: dict[str, Any] = {"split": {"rule": rule}}
-    if "rule" not in SplitPolicy.model_fields:
-        least = {"never": NEVER_TOKENS, "always": 0}.get(rule)
-        section["split"] = {} if least is None else {"min_prompt_tokens": least}
+    if rule not in BUILTINS:
+        least = {"never": NEVER_TOKENS, "always": 0}[rule]
+        section["split"] = {"min_prompt_tokens": least}
     if "slo_classes" in SchedulerPolicy.model_fields:
         bounds = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}
         section |= {"slo_classes": {"bench": bounds}, "default_slo_class": "bench"}
