@@ -109,6 +109,8 @@ class Bench:
             for arm in arms(self.names, workload.prefills):
                 running.append(start_arm(stack, self.folder, arm, port, slo))
                 port += len(arm.roles)
+            for each in running:
+                each.wait()
             for rate in workload.rates:
                 self._level(workload, rate, running, found)
                 if all(levels[-1].share < WANTED / 2 for levels in found.values()):
@@ -241,7 +243,7 @@ def main() -> None:
     parser.add_argument("--anchors", type=Path, default=ANCHORS, help="the folder of the traces")
     parser.add_argument("--profile", default="opt-13b-a100")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=50.0, help="virtual, of one level")
+    parser.add_argument("--seconds", type=float, default=45.0, help="virtual, of one level")
     parser.add_argument("--speed", type=float, default=3.0, help="virtual seconds a second")
     parser.add_argument("--interval", type=int, default=8, help="tokens of one piece of a stream")
     parser.add_argument("--parallel", type=int, default=8, help="arms that run at once")

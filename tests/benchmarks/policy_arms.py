@@ -114,11 +114,18 @@ class Running:
         urls: Of its workers.
     """
 
-    def __init__(self, arm: Arm, port: int, urls: list[str], process: psutil.Process) -> None:
+    def __init__(
+        self, arm: Arm, port: int, urls: list[str], process: psutil.Process, path: str
+    ) -> None:
         self.arm = arm
         self.port = port
         self.urls = urls
         self.process = process
+        self._path = path
+
+    def wait(self) -> None:
+        """Wait until it serves."""
+        wait_for(f"http://127.0.0.1:{self.port}{self._path}", self.arm.name)
 
 
 def cpu_s(process: psutil.Process) -> float:
@@ -191,7 +198,7 @@ def start_workers(
 
 
 def start_arm(stack: ExitStack, folder: Path, arm: Arm, first_port: int, slo: Slo) -> Running:
-    """Start the proxy of an arm before workers that run already."""
+    """Start the proxy of an arm before workers that run already; ``wait`` until it serves."""
     urls = [f"http://127.0.0.1:{first_port + i}" for i in range(len(arm.roles))]
     port = port_range(2)
     if arm.rule is None:
@@ -202,8 +209,7 @@ def start_arm(stack: ExitStack, folder: Path, arm: Arm, first_port: int, slo: Sl
         argv = [sys.executable, "-m", "disagg_plugins.cli.main", "serve", str(policy)]
         path = "/ready"
     process = _start(stack, argv, folder / f"{arm.name}.log")
-    wait_for(f"http://127.0.0.1:{port}{path}", arm.name)
-    return Running(arm, port, urls, process)
+    return Running(arm, port, urls, process, path)
 
 
 def _policy(arm: Arm, rule: str, port: int, urls: list[str], slo: Slo) -> dict[str, Any]:
