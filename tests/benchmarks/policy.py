@@ -34,7 +34,7 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.goodput import WANTED, Level, level, rate_at
+from tests.benchmarks.goodput import WANTED, Level, level, percentile, rate_at
 from tests.benchmarks.open_loop import Load
 from tests.benchmarks.policy_arms import (
     ALONE,
@@ -57,6 +57,14 @@ WARM_UP_S = 10.0
 BOUND_S = 120.0
 REFINEMENTS = 2
 """Levels beyond the workload's own, each where the best arm seems to drop to 90 %."""
+
+LATE_SHARE = 0.1
+"""Of the TTFT bound: where one request in 50 leaves later than this, the machine did something else
+meanwhile, and the level is measured again."""
+
+ATTEMPTS = 3
+AGAIN_S = 420.0
+"""No level is measured again after this."""
 
 BUSY = 0.9
 """A process that needs more of a core than this decides the result itself: it is told."""
@@ -126,12 +134,30 @@ class Bench:
         size = self.setting.parallel
         for at in range(0, len(running), size):
             group = running[at : at + size]
-            for arm, done in zip(group, uvloop.run(self._arms(workload, rate, group)), strict=True):
-                found[arm.arm.name].append(done)
+            done, late_s = self._attempts(workload, rate, group)
+            self.late_s = max(self.late_s, late_s / workload.slo.ttft_s)
+            for arm, each in zip(group, done, strict=True):
+                found[arm.arm.name].append(each)
         shares = "  ".join(f"{name} {levels[-1].share:.2f}" for name, levels in found.items())
         say(f"{workload.name} {rate:.2f}/s: {shares}")
 
-    async def _arms(self, workload: Workload, rate: float, group: list[Running]) -> list[Level]:
+    def _attempts(
+        self, workload: Workload, rate: float, group: list[Running]
+    ) -> tuple[list[Level], float]:
+        """Return the levels of the attempt that the machine disturbed least, and how late."""
+        tried: list[tuple[list[Level], float]] = []
+        while len(tried) < ATTEMPTS:
+            tried.append(uvloop.run(self._arms(workload, rate, group)))
+            if tried[-1][1] <= LATE_SHARE * workload.slo.ttft_s:
+                break
+            say(f"the machine was busy: requests left {tried[-1][1]:.2f} virtual s late")
+            if time.monotonic() - BEGAN_S > AGAIN_S:
+                break
+        return min(tried, key=lambda each: each[1])
+
+    async def _arms(
+        self, workload: Workload, rate: float, group: list[Running]
+    ) -> tuple[list[Level], float]:
         setting = self.setting
         asks = workload.asks(setting.seed, rate, setting.seconds)
         loads = [Load(r.port, setting.speed, BOUND_S) for r in group]
@@ -146,10 +172,10 @@ class Bench:
             self.busiest[name] = max(self.busiest.get(name, 0.0), share)
         counted = [i for i, ask in enumerate(asks) if ask.at_s >= WARM_UP_S]
         for load, r in zip(loads, group, strict=True):
-            self.late_s = max(self.late_s, load.late_s)
             if load.failures:
                 self.failures[f"{workload.name} {rate:.2f} {r.arm.name}"] = load.failures
-        return [level(rate, [o[i] for i in counted], workload.slo) for o in outcomes]
+        late_s = max(percentile(load.late_s, 0.98) for load in loads)
+        return [level(rate, [o[i] for i in counted], workload.slo) for o in outcomes], late_s
 
 
 def table(workload: Workload, found: dict[str, list[Level]], best: float, num_workers: int) -> None:
@@ -220,6 +246,8 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
         for name, share in busiest.items():
             if share > BUSY:
                 print(f"{name} needed {share:.2f} of a core: run again with a lower --speed")
+        if bench.late_s > LATE_SHARE:
+            print(f"the machine was busy: a level is off by up to {bench.late_s:.2f} TTFT bounds")
         for where, failures in bench.failures.items():
             say(f"failed, {where}: {failures}")
         result |= {
@@ -227,7 +255,7 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
             "requests_per_s_a_worker_at_90": per_worker,
             "verdict": verdicts,
             "cpu_cores": busiest,
-            "latest_departure_virtual_s": round(bench.late_s, 3),
+            "departures_late_p98_of_ttft_bound": round(bench.late_s, 3),
         }
     result |= {"seed": given.seed, "profile": given.profile, "speed": given.speed}
     result |= {"workers": WORKERS, "seconds": given.seconds, "levels": levels}
