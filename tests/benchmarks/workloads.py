@@ -202,7 +202,7 @@ def workloads(anchors: Path) -> list[Workload]:
         Workload(
             "code",
             Slo(0.3, 0.1),
-            (12.0, 20.0, 30.0),
+            (14.0, 24.0, 36.0),
             3,
             code,
             "about 900 prompt tokens, most of them shared, about 14 of answer",
