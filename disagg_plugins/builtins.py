@@ -7,11 +7,17 @@ from functools import partial
 
 from disagg_plugins import __version__
 from disagg_plugins.plugin_loading import Candidate
+from disagg_plugins.scheduling.prediction import Predictor, UsesPredictor
 
 BUILTINS = {
     "capacity": "disagg_plugins.scheduling.capacity:Capacity",
     "least-loaded": "disagg_plugins.scheduling.least_loaded:LeastLoaded",
+    "prediction": "disagg_plugins.scheduling.learning:Learning",
     "threshold": "disagg_plugins.scheduling.threshold:Threshold",
+    "always": "disagg_plugins.scheduling.always:Always",
+    "never": "disagg_plugins.scheduling.never:Never",
+    "load": "disagg_plugins.scheduling.load_rule:LoadRule",
+    "slo": "disagg_plugins.scheduling.slo:Slo",
     "preferred-transport": "disagg_plugins.handoff.choice:PreferredTransport",
     "commands": "disagg_plugins.cli.builtin",
 }
@@ -19,14 +25,23 @@ BUILTINS = {
 
 
 def builtin_candidates() -> list[Candidate]:
-    """Return the built-in plugins in the order in which they are asked."""
+    """Return the built-in plugins in the order in which they are asked.
+
+    Those of one call share one ``Predictor``: what one learns, the others decide by.
+    """
+    predictor = Predictor()
     return [
-        Candidate(name, "built-in", __version__, True, partial(_load, target))
+        Candidate(name, "built-in", __version__, True, partial(_load, target, predictor))
         for name, target in BUILTINS.items()
     ]
 
 
-def _load(target: str) -> object:
+def _load(target: str, predictor: Predictor) -> object:
     module, _, attribute = target.partition(":")
     loaded: object = importlib.import_module(module)
-    return getattr(loaded, attribute) if attribute else loaded
+    if not attribute:
+        return loaded
+    loaded = getattr(loaded, attribute)
+    if isinstance(loaded, type) and issubclass(loaded, UsesPredictor):
+        return loaded(predictor)
+    return loaded

@@ -362,7 +362,7 @@ def disagg_on_request_end(record: Mapping[str, object]) -> None:
     Called in: the gateway and the simulator.
     How often: once a request, after its last byte or its failure.
     Answers: ignored. ``record`` is the per-request record (route, reason, TTFT, bytes, ...),
-    read-only.
+    read-only; a value is made when it is asked for, so ask for what you need.
 
     Example::
 

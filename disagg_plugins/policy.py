@@ -167,6 +167,14 @@ class SplitPolicy(Section):
     )
 
 
+class SloClass(Section):
+    """What requests of one class are promised."""
+
+    ttft_s: Seconds | None = Field(default=None, description="Bound on TTFT; None: none.")
+    tpot_s: Seconds | None = Field(default=None, description="Bound on TPOT; None: none.")
+    priority: int = Field(default=0, ge=-1000, le=1000, description="Higher is more urgent.")
+
+
 DEFAULT_WEIGHTS = {
     "least-loaded": 1.0,
     "prefix-affinity": 0.0,
@@ -198,6 +206,18 @@ class SchedulerPolicy(Section):
         default="max",
         description="Which of the scored workers is taken: the best, the better of two at random, "
         "or one at random by its score.",
+    )
+    slo_classes: dict[Name, SloClass] = Field(
+        default_factory=dict,
+        max_length=64,
+        description="Class name -> its bounds; a request names its class in x-disagg-slo-class.",
+    )
+    default_slo_class: Name | None = Field(
+        default=None, description="Class of requests that name none; None: they have no SLO."
+    )
+    profile: Path | None = Field(
+        default=None,
+        description="How fast the workers are, from `disagg profile`; relative to the policy file.",
     )
     chars_per_token: float = Field(
         default=4.0, gt=0.1, le=100, description="Estimate of prompt length for text prompts."

@@ -177,6 +177,8 @@ class RequestProfile:
         ttft_slo_s: The bound on TTFT that its SLO class sets, in seconds, or None.
         tpot_slo_s: The bound on TPOT that its SLO class sets, in seconds, or None.
         tokens_by: How ``prompt_tokens`` came about: ``ids``, ``tokenizer`` or ``estimate``.
+        cached_tokens: Leading prompt tokens that workers are believed to hold, by worker name;
+            absent workers hold none.
     """
 
     request_id: str
@@ -196,6 +198,7 @@ class RequestProfile:
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     tokens_by: Literal["ids", "tokenizer", "estimate"] = "estimate"
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

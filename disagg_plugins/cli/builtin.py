@@ -21,6 +21,7 @@ def disagg_register_commands() -> Sequence[Command]:
     from disagg_plugins.cli.explain import ExplainCommand
     from disagg_plugins.cli.plugins import PluginsCommand
     from disagg_plugins.cli.policy import PolicyCommand
+    from disagg_plugins.cli.profile import ProfileCommand
     from disagg_plugins.cli.serve import ServeCommand
     from disagg_plugins.cli.top import TopCommand
     from disagg_plugins.cli.up import UpCommand
@@ -32,6 +33,7 @@ def disagg_register_commands() -> Sequence[Command]:
         ExplainCommand(),
         PluginsCommand(),
         PolicyCommand(),
+        ProfileCommand(),
         ServeCommand(),
         TopCommand(),
         UpCommand(),

@@ -148,7 +148,7 @@ def status_of(gateway: Gateway) -> dict[str, object]:
                 "kv_tokens": state.kv_tokens,
                 "kv_room_tokens": state.worker.kv_tokens,
                 "kv_usage": state.kv_usage,
-                "tokens_read": state.tokens_read,
+                "tokens_read": gateway.read_tokens[state.worker.name],
                 "tokens_written": state.tokens_written,
                 "served": state.served,
                 "failed": dict(state.failed),

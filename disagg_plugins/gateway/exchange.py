@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Concatenate, ParamSpec
@@ -28,6 +28,7 @@ from disagg_plugins.gateway.sse import (
     failed_at_once,
     read_answer,
 )
+from disagg_plugins.gateway.surroundings import NOTHING_CACHED, Surroundings
 from disagg_plugins.gateway.timeline import Timeline
 from disagg_plugins.gateway.upstream import Call
 from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded, header_value, post
@@ -90,8 +91,10 @@ class Exchange:
         shared_headers: bytes,
         answer_headers: bytes,
         arrival_s: float,
+        cached_tokens: Mapping[str, int] = NOTHING_CACHED,
     ) -> None:
         route = decision.route
+        self.surroundings = Surroundings(gateway.read_tokens, cached_tokens)
         self._gateway = gateway
         self._client = client.answering(self)
         self._parsed = parsed
@@ -378,6 +381,7 @@ class Exchange:
                 return
         self._bodies["prefill"] = []
         self._succeeded("prefill")
+        self.surroundings.read(self.record, self.record.prefill)
         self._do(self._flow.on(f.PrefillAnswered(published)))
 
     def _relays(self, route: Disaggregated) -> bool:
@@ -461,6 +465,7 @@ class Exchange:
             self.decode_deadline_s = time.monotonic() + gateway.policy.gateway.first_byte_s
         self._bodies[side] = []
         self._sizes_bytes[side] = 0
+        self.surroundings.sent(self.record, self._times, side, worker, gateway.fleet.view())
         gateway.fleet.begin(worker.name, work)
         self._work_on[side] = (worker.name, work)
         pool = gateway.pools[worker.name]
@@ -487,6 +492,7 @@ class Exchange:
         if on is not None:
             self._work_on["decode"] = (on[0], self._gateway.fleet.prompt_read(*on))
         self.record.status = 200
+        self.surroundings.answering(self.record)
         lines = self._lines(self._headers["decode"])
         if self._whole:
             self._client.answer(200, self._first, lines)

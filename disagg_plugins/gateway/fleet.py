@@ -68,7 +68,6 @@ class WorkerState:
     reason: str = "not probed yet"
     models: tuple[str, ...] = ()
     served: int = 0
-    tokens_read: int = 0
     tokens_written: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     last_problem: str = ""
@@ -220,20 +219,14 @@ class FleetState:
         state.kv_tokens -= work.context_tokens + work.output_tokens
         self._stale.add(name)
 
-    def told(self, record: RequestRecord) -> None:
-        """A request ended: count its tokens where they were read and written.
+    def wrote(self, record: RequestRecord) -> None:
+        """A request ended: count its tokens where they were written.
 
         A stream without usage counts as many tokens as it had pieces.
         """
-        reader = record.prefill if record.split == "yes" and record.prefill else record.decode
-        for name, read, written in (
-            (reader, record.prompt_tokens or record.prompt_tokens_estimate, 0),
-            (record.decode, 0, record.output_tokens or len(record.gaps_s or ()) + 1),
-        ):
-            state = self.states.get(name)
-            if state is not None:
-                state.tokens_read += read
-                state.tokens_written += written
+        state = self.states.get(record.decode)
+        if state is not None:
+            state.tokens_written += record.output_tokens or len(record.gaps_s or ()) + 1
 
     def succeeded(self, name: str) -> None:
         """The worker did its part of a request."""

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -28,8 +28,10 @@ from disagg_plugins.gateway.openai import (
 from disagg_plugins.gateway.pool import WorkerPool
 from disagg_plugins.gateway.refusals import RequestError, error_body
 from disagg_plugins.gateway.wire import header_value, request_id, upstream_headers
+from disagg_plugins.policy import SloClass
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
+from disagg_plugins.telemetry.records import RecordView
 from disagg_plugins.telemetry.reports import report_key
 from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProfile, Worker
 
@@ -47,6 +49,9 @@ RECENT = 1000
 
 FLUSH_S = 0.5
 """How often records are written."""
+
+SLO_CLASS_HEADER = b"x-disagg-slo-class"
+NO_SLO = SloClass()
 
 POOL_SWEEP_S = 5.0
 CLOSING_S = 1.0
@@ -135,6 +140,7 @@ class Gateway:
         self.connections: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
         self.explanations = Explanations()
+        self.read_tokens: Counter[str] = Counter()  # prompt tokens read so far, by worker
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
         self._changed = asyncio.Event()
@@ -237,7 +243,9 @@ class Gateway:
             )
             self._check_model(parsed)
             self._check_room()
-            explanation = self.explanations.begin(self._profile(name, parsed, now_s))
+            slo_class = self._slo_class(request)
+            profile = self._profile(name, parsed, now_s, slo_class)
+            explanation = self.explanations.begin(profile)
             decision = self._decide(explanation, parsed.body)
         except RequestError as exc:
             self.metrics.count("disagg_client_errors", (str(exc.status),))
@@ -259,6 +267,7 @@ class Gateway:
             shared_headers=upstream_headers(request.headers, name),
             answer_headers=lines + (_explain_line(explanation) if explained else b""),
             arrival_s=now_s,
+            cached_tokens=profile.cached_tokens,
         )
         explanation.record = exchange.record
         self.active.add(exchange)
@@ -284,7 +293,30 @@ class Gateway:
                 retry_after_s=1.0,
             )
 
-    def _profile(self, name: str, parsed: ParsedRequest, now_s: float) -> RequestProfile:
+    def _slo_class(self, request: Request) -> str | None:
+        """Return the SLO class that a request names, or the policy's.
+
+        Raises:
+            RequestError: 400; the policy has no such class.
+        """
+        rules = self.policy.scheduler
+        given = header_value(request.headers, SLO_CLASS_HEADER)
+        if given is None:
+            return rules.default_slo_class
+        name = given.decode("utf-8", "replace").strip()
+        if name not in rules.slo_classes:
+            known = ", ".join(rules.slo_classes) or "none (policy key scheduler.slo_classes)"
+            raise RequestError(
+                400,
+                f"there is no SLO class {name[:64]!r}; known: {known}",
+                code="unknown_slo_class",
+            )
+        return name
+
+    def _profile(
+        self, name: str, parsed: ParsedRequest, now_s: float, slo_class: str | None = None
+    ) -> RequestProfile:
+        slo = self.policy.scheduler.slo_classes.get(slo_class or "", NO_SLO)
         why = parsed.opaque
         for dialect in self._dialects:
             why = why or dialect.unsplittable(parsed.body)
@@ -299,6 +331,10 @@ class Gateway:
             unsplittable=why,
             tenant=parsed.tenant,
             arrival_s=now_s,
+            slo_class=slo_class,
+            ttft_slo_s=slo.ttft_s,
+            tpot_slo_s=slo.tpot_s,
+            priority=slo.priority,
         )
 
     def _decide(self, explanation: Explanation, body: Body) -> Decision:
@@ -363,6 +399,7 @@ class Gateway:
         record = exchange.record
         try:
             times.fill(record, self.metrics, now_s)
+            exchange.surroundings.ended(record)
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))
@@ -377,13 +414,13 @@ class Gateway:
     def _settle(self, record: RequestRecord) -> None:
         self.recent.append((record.route, record.split, _reason_label(record.why)))
         if record.outcome == "ok":
-            self.fleet.told(record)
+            self.fleet.wrote(record)
         if self._records is not None and not self._records.add(record):
             self.metrics.count("disagg_records_dropped")
         if not self._scheduler.wants_ends:
             return
         try:
-            self._scheduler.request_ended(record.as_dict())
+            self._scheduler.request_ended(RecordView(record))
         except Exception:  # whatever a plugin does, the next request is served
             log.exception("plugins could not be told of a request's end")
 

@@ -180,7 +180,8 @@ class SchedulerHooks:
 
     def on_request_end(self, record: Mapping[str, object]) -> None:
         """Tell every plugin how a request ended; they cannot change the record."""
-        self._calls.tell("disagg_on_request_end", {"record": MappingProxyType(dict(record))})
+        # not copied: it may be a view that makes its values when they are asked for
+        self._calls.tell("disagg_on_request_end", {"record": MappingProxyType(record)})
 
 
 def _note(trace: Trace | None, step: str, role: Role | None, answers: Answers) -> None:

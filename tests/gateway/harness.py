@@ -194,7 +194,8 @@ class Stack:
         def lines() -> list[str]:
             if not self.records_path.exists():
                 return []
-            return self.records_path.read_text().splitlines()
+            text = self.records_path.read_text()
+            return text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written
 
         eventually(lambda: len(lines()) >= count, f"{count} records")
         return [json.loads(line) for line in lines()]
