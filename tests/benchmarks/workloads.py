@@ -194,8 +194,8 @@ def workloads(anchors: Path) -> list[Workload]:
         Workload(
             "summarise",
             Slo(4.0, 0.03),
-            (1.0, 1.8, 2.6),
-            2,
+            (1.0, 1.6, 2.2),
+            1,
             summarise,
             "documents of about 3,000 tokens, about 200 of answer",
         ),
