@@ -227,7 +227,7 @@ def disagg_nominate_workers(
 ) -> Sequence[str] | None:
     """Name workers that must be looked at for this part of the request.
 
-    In a fleet of more than ``scheduler.candidates`` healthy workers of a role, filters and scorers
+    Where a role has more than twice ``scheduler.candidates`` healthy workers, filters and scorers
     see a random sample of that size: two random choices already level the load, and a decision
     costs no more in a larger fleet. A worker that stands out for another reason (it holds the
     prompt's prefix, or the session) is nominated. In smaller fleets all are looked at anyway, and

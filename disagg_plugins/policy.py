@@ -304,11 +304,11 @@ class SchedulerPolicy(Section):
         "built-in scorers 0, those of other packages 1.",
     )
     candidates: int = Field(
-        default=8,
+        default=4,
         ge=2,
         le=4096,
-        description="Workers of a role that are compared for a request; in a larger fleet so many "
-        "at random, and those that plugins nominate.",
+        description="Where a role has more than twice as many healthy workers, so many of them at "
+        "random are compared for a request, and those that plugins nominate; else all.",
     )
     pick: Literal["max", "power-of-two", "weighted-random"] = Field(
         default="max",

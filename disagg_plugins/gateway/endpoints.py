@@ -168,6 +168,7 @@ def status_of(gateway: Gateway) -> dict[str, object]:
         "tokens_by": "estimate" if gateway.prompts.counter is None else "tokenizer",
         "client_connections": len(gateway.connections),
         "handoffs_open": len(gateway.ledger),
+        "tasks": len(gateway.running()),
         "roles": gateway.fleet.ready(),
         "workers": workers,
         "split_problems": gateway.fleet.problems(),

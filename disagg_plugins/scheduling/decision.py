@@ -178,7 +178,7 @@ class Scheduler:
         """
         serving = fleet.serving(role)
         workers: tuple[Worker, ...] = ()
-        if len(serving) > self._candidates:
+        if len(serving) > 2 * self._candidates:
             sample = self._sample(profile, role, fleet, trace)
             workers, _ = self._left(profile, role, sample, able, fleet, trace, other)
         if not workers:
