@@ -203,7 +203,8 @@ class Entrance:
                 "scheduler.queue.max_waiting)",
                 retry_after_s=self._rules.max_wait_s,
             )
-        explanation.profile = replace(profile, admitted=True)
+        # from now on what waits before it is nobody: it is decided again when its turn has come
+        explanation.profile = replace(profile, admitted=True, queued_tokens=0, own_queued_tokens=0)
         wait = self._wait(pending)
         if isinstance(route, Disaggregated):  # others wait: it must not overtake them
             self._freed.add(route.prefill.name)

@@ -20,6 +20,7 @@ from disagg_plugins.scheduling.prediction import (
     UsesPredictor,
     expected_output,
 )
+from disagg_plugins.scheduling.prefill_slots import behind_queue
 from disagg_plugins.scheduling.threshold import Threshold
 from disagg_plugins.types import FleetView, RequestProfile, Role, SplitDecision, Worker
 
@@ -158,7 +159,8 @@ class Slo(UsesPredictor):
                 if worker.name == decode.worker.name or fleet.pair_problem(worker, decode.worker):
                     continue
                 fresh = _unread(profile, worker)
-                read_s = self.predictor.prefill_s(worker, fleet.load(worker), fresh)
+                load = behind_queue(fleet.load(worker), profile.queued_tokens, fleet)
+                read_s = self.predictor.prefill_s(worker, load, fresh)
                 if read_s is None:
                     continue
                 disturbed = worker.role is not Role.PREFILL

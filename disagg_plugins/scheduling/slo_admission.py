@@ -7,11 +7,11 @@ cost a slot and got nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
 from disagg_plugins.scheduling.prediction import Predictor, UsesPredictor
+from disagg_plugins.scheduling.prefill_slots import behind_queue
 from disagg_plugins.types import FleetView, Refusal, RequestProfile, Role
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ LEAST_RETRY_S = 1.0
 class SloAdmission(UsesPredictor):
     """Refuses when every choice exceeds ``refuse_over`` times the request's bound on TTFT.
 
-    What waits at the gateway counts as queued before the request, spread evenly over the prefill
-    workers. A choice that nothing is known of is taken to be in time. The first choice in time
-    ends the search, so that only a refusal looks at every worker.
+    What waits at the gateway counts as queued before the request. A choice that nothing is known of
+    is taken to be in time. The first choice in time ends the search, so that only a refusal looks
+    at every worker.
     """
 
     def __init__(self, predictor: Predictor | None = None) -> None:
@@ -99,13 +99,10 @@ def _choices_s(
     taking = next((worker for worker in decodes if worker.handoffs), None)
     if taking is not None:
         handoff_s = predictor.handoff_s(taking, tokens) or 0.0
-        share = -(-queued_tokens // len(prefills)) if prefills else 0
         for worker in prefills:
             if not worker.handoffs or worker.name == taking.name:
                 continue
-            load = fleet.load(worker)
-            if share:
-                load = replace(load, prompt_tokens=load.prompt_tokens + share)
+            load = behind_queue(fleet.load(worker), queued_tokens, fleet)
             read_s = predictor.prefill_s(worker, load, tokens - cached.get(worker.name, 0))
             yield None if read_s is None else read_s + handoff_s
     for worker in decodes:

@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from disagg_plugins.errors import NoCapacityError
+from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy import Policy
+from disagg_plugins.scheduling.decision import Scheduler
 from disagg_plugins.scheduling.slo_admission import SloAdmission
 from disagg_plugins.types import FleetView, RequestProfile, Role, Worker, WorkerLoad
 
@@ -99,3 +102,34 @@ def test_the_first_choice_in_time_ends_the_search():
 
 def test_a_fleet_without_workers_is_for_others_to_refuse():
     assert refusal(fleet=()) is None
+
+
+def test_the_scheduler_refuses_by_what_it_learnt():
+    worker = {"name": "d", "url": "http://127.0.0.1:1", "role": "both"}
+    policy = Policy.model_validate(
+        {
+            "fleet": {"workers": [worker]},
+            "scheduler": {"admission": {"refuse_over": 1.0}},
+            "plugins": {"deadline_s": 9},
+        }
+    )
+    fleet = FleetView((policy.fleet.workers[0].worker(),), {})
+    with PluginHost.load((), entry_points=False) as host:
+        scheduler = Scheduler(host, policy)
+        assert scheduler.decide(PROFILE, fleet).route.decode.name == "d"
+        for tokens in range(100, 4100, 100):
+            scheduler.request_ended(
+                {
+                    "outcome": "ok",
+                    "route": "local",
+                    "decode": "d",
+                    "stream": True,
+                    "prompt_tokens": tokens,
+                    "ttft_s": tokens / 100,
+                }
+            )
+        with pytest.raises(NoCapacityError) as caught:
+            scheduler.decide(PROFILE, fleet)
+        assert caught.value.status == 503
+        assert caught.value.retry_after_s == pytest.approx(9.0, rel=0.2)
+        assert scheduler.decide(replace(PROFILE, prompt_tokens=50), fleet)
