@@ -182,7 +182,7 @@ class Entrance:
         explanation = pending.explanation
         explanation.profile = profile = self._in_its_place(explanation.profile)
         decision: Decision | None = None
-        most = self._rules.max_waiting
+        most = 0 if self._closed else self._rules.max_waiting
         try:
             decision = self._ways.decide(explanation, pending.parsed.body)
         except NoCapacityError as exc:
@@ -192,9 +192,7 @@ class Entrance:
         split = isinstance(route, Disaggregated)
         if decision is not None and (not most or not decision.taken):
             if not split or not self._queue:
-                return decision
-        if self._closed:
-            raise NoCapacityError(SHUTTING_DOWN, retry_after_s=RETRY_ELSEWHERE_S)
+                return decision  # by far the most usual way
         if len(self._queue) >= most:
             if split:
                 return decision
