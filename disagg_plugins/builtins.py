@@ -12,6 +12,7 @@ BUILTINS = {
     "capacity": "disagg_plugins.scheduling.capacity:Capacity",
     "least-loaded": "disagg_plugins.scheduling.least_loaded:LeastLoaded",
     "threshold": "disagg_plugins.scheduling.threshold:Threshold",
+    "rebalance": "disagg_plugins.scheduling.rebalance:Rebalance",
     "preferred-transport": "disagg_plugins.handoff.choice:PreferredTransport",
     "commands": "disagg_plugins.cli.builtin",
 }

@@ -23,12 +23,12 @@ def contradictions(policy: Policy) -> Iterator[tuple[KeyPath, str]]:
     gateway = policy.gateway
     for index, worker in enumerate(policy.fleet.workers):
         url = urlsplit(worker.url)
-        if url.port == gateway.port and _is_loopback(url.hostname or ""):
+        if url.port == gateway.port and is_loopback(url.hostname or ""):
             yield (
                 ("fleet", "workers", index, "url"),
                 f"port {gateway.port} is the gateway's own (gateway.port)",
             )
-        if worker.launch is not None and not _is_loopback(url.hostname or ""):
+        if worker.launch is not None and not is_loopback(url.hostname or ""):
             yield (
                 ("fleet", "workers", index, "launch"),
                 f"a worker at {url.hostname} cannot be started from here; launch starts workers "
@@ -71,7 +71,7 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
         ("gateway.host", policy.gateway.host),
         ("handoff.listen_host", policy.handoff.listen_host),
     ):
-        if not _is_loopback(host):
+        if not is_loopback(host):
             yield (
                 f"{key} is {host}: reachable from the network, and nothing is encrypted; keep it "
                 "inside a trusted network"
@@ -156,7 +156,8 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address is this machine's own."""
     if host == "localhost":
         return True
     try:

@@ -3,6 +3,7 @@
 Anyone who reaches the port may read health, models and metrics. ``/internal/status`` names workers'
 addresses, processes and problems: it is for clients on this host, and for holders of the fleet's
 secret, who sign the request like a report. ``/internal/reports`` always wants that signature.
+``/internal/workers`` is in ``admin.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from disagg_plugins.telemetry.reports import MAX_BODY_BYTES, read_reports, verif
 if TYPE_CHECKING:
     from disagg_plugins.gateway.client_connection import ClientConnection, Request
     from disagg_plugins.gateway.server import Gateway
+    from disagg_plugins.gateway.worker_state import WorkerState
 
 MAX_HELLO_KEYS = 16
 TEXT = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
@@ -70,6 +72,12 @@ def metrics(gateway: Gateway, request: Request, client: ClientConnection) -> Non
 
 def status(gateway: Gateway, request: Request, client: ClientConnection) -> None:
     """Answer everything that ``disagg doctor --live`` reads, on this host or with a signature."""
+    if not refused_to_read(gateway, request, client):
+        client.answer(200, encode(status_of(gateway)))
+
+
+def refused_to_read(gateway: Gateway, request: Request, client: ClientConnection) -> bool:
+    """Refuse who is neither on this host nor holds the fleet's secret; True when refused."""
     proof = header_value(request.headers, b"x-disagg-signature")
     proxied = any(name in PROXIED for name, _ in request.headers)
     if proof is not None:
@@ -77,15 +85,15 @@ def status(gateway: Gateway, request: Request, client: ClientConnection) -> None
             verify(gateway.report_key, proof.decode("latin-1"), request.body, time.time())
         except AuthenticationError as exc:
             gateway.refuse(client, 403, str(exc), code="signature")
-            return
+            return True
     elif proxied or not same_host(*client.addresses()):
         message = (
             "the status is answered on the gateway's own host only (run `disagg doctor --live` "
             "there), or to requests signed with the fleet's secret"
         )
         gateway.refuse(client, 403, message, code="not_local")
-        return
-    client.answer(200, encode(status_of(gateway)))
+        return True
+    return False
 
 
 def same_host(peer: str | None, here: str | None) -> bool:
@@ -103,28 +111,6 @@ def same_host(peer: str | None, here: str | None) -> bool:
 
 def status_of(gateway: Gateway) -> dict[str, object]:
     """Return the state of the gateway; holds no secret and no content of requests."""
-    workers = []
-    for state in gateway.fleet.states.values():
-        workers.append(
-            {
-                "name": state.worker.name,
-                "url": state.worker.url,
-                "engine": state.worker.engine,
-                "role": str(state.worker.role),
-                "handoffs": state.worker.handoffs,
-                "whole": state.worker.whole,
-                "healthy": state.healthy,
-                "reason": state.reason,
-                "models": list(state.models),
-                "requests": state.requests,
-                "prompt_tokens": state.prompt_tokens,
-                "served": state.served,
-                "failed": dict(state.failed),
-                "last_problem": state.last_problem,
-                "hello": dict(state.hello) if state.hello is not None else None,
-                "connections": gateway.pools[state.worker.name].counts(),
-            }
-        )
     return {
         "version": __version__,
         "model": gateway.fleet.model(),
@@ -133,7 +119,10 @@ def status_of(gateway: Gateway) -> dict[str, object]:
         "client_connections": len(gateway.connections),
         "handoffs_open": len(gateway.ledger),
         "roles": gateway.fleet.ready(),
-        "workers": workers,
+        "workers": [worker_status(gateway, s) for s in gateway.fleet.states.values()],
+        "fleet_file": gateway.members.file_problem,
+        "role_change": gateway.rebalancer.moving(),
+        "role_changes": gateway.rebalancer.changes,
         "split_problems": gateway.fleet.problems(),
         "split": _split_share(gateway),
         "min_prompt_tokens": gateway.policy.scheduler.split.min_prompt_tokens,
@@ -144,6 +133,33 @@ def status_of(gateway: Gateway) -> dict[str, object]:
         "reports_rejected": gateway.metrics.counts("disagg_reports_rejected"),
         "reports_received": gateway.metrics.counts("disagg_reports_received"),
         "plugin_failures": gateway.plugin_failures(),
+    }
+
+
+def worker_status(gateway: Gateway, state: WorkerState) -> dict[str, object]:
+    """Return what is known of one worker."""
+    return {
+        "name": state.worker.name,
+        "url": state.worker.url,
+        "engine": state.worker.engine,
+        "role": str(state.worker.role),
+        "handoffs": state.worker.handoffs,
+        "whole": state.worker.whole,
+        "movable": state.worker.movable,
+        "healthy": state.healthy,
+        "kept": state.kept,
+        "trial": state.trial,
+        "draining": state.draining,
+        "relapses": state.relapses,
+        "reason": state.reason,
+        "models": list(state.models),
+        "requests": state.requests,
+        "prompt_tokens": state.prompt_tokens,
+        "served": state.served,
+        "failed": dict(state.failed),
+        "last_problem": state.last_problem,
+        "hello": dict(state.hello) if state.hello is not None else None,
+        "connections": gateway.pools[state.worker.name].counts(),
     }
 
 

@@ -18,7 +18,7 @@ import msgspec
 
 from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
-from disagg_plugins.gateway.fleet import Work, expected_output
+from disagg_plugins.gateway.fleet import expected_output
 from disagg_plugins.gateway.refusals import RequestError, error_body
 from disagg_plugins.gateway.sse import (
     OUTPUT,
@@ -31,6 +31,7 @@ from disagg_plugins.gateway.sse import (
 from disagg_plugins.gateway.timeline import Timeline
 from disagg_plugins.gateway.upstream import Call
 from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded, header_value, post
+from disagg_plugins.gateway.worker_state import Work
 from disagg_plugins.telemetry.records import FailureRecord, RequestRecord
 from disagg_plugins.types import Decision, Disaggregated, Worker
 
@@ -459,9 +460,8 @@ class Exchange:
             self.decode_deadline_s = time.monotonic() + gateway.policy.gateway.first_byte_s
         self._bodies[side] = []
         self._sizes_bytes[side] = 0
-        gateway.fleet.begin(worker.name, work)
+        pool, work = gateway.members.give(worker, work)
         self._work_on[side] = (worker.name, work)
-        pool = gateway.pools[worker.name]
         path = self._parsed.endpoint.encode("ascii")
         call = Call(side, post(path, pool.host_header, self._shared, body), self)
         self._calls[side] = call

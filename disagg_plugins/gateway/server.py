@@ -12,20 +12,22 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from disagg_plugins.errors import NoCapacityError
-from disagg_plugins.gateway import endpoints
+from disagg_plugins.errors import ConfigError, NoCapacityError
+from disagg_plugins.gateway import admin, endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
 from disagg_plugins.gateway.exchange import Exchange
 from disagg_plugins.gateway.fleet import FleetState
 from disagg_plugins.gateway.health import Prober
+from disagg_plugins.gateway.membership import Members
 from disagg_plugins.gateway.openai import (
     CHAT,
     COMPLETIONS,
     ParsedRequest,
     parse_request,
 )
-from disagg_plugins.gateway.pool import WorkerPool
+from disagg_plugins.gateway.rebalancing import Rebalancer
 from disagg_plugins.gateway.refusals import RequestError, error_body
+from disagg_plugins.gateway.watched_file import Found, WatchedFile
 from disagg_plugins.gateway.wire import request_id, upstream_headers
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
@@ -33,10 +35,16 @@ from disagg_plugins.telemetry.reports import report_key
 from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProfile, Worker
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef
+    from disagg_plugins.gateway.pool import WorkerPool
+    from disagg_plugins.gateway.rebalancing import Ask
     from disagg_plugins.gateway.timeline import Timeline
+    from disagg_plugins.placement.types import RoleChange, RoleLoad
     from disagg_plugins.policy import Policy
     from disagg_plugins.telemetry.records import RecordFile, RequestRecord
+    from disagg_plugins.types import Role
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +79,10 @@ class Decides(Protocol):
         ...
 
 
+def _leave_as_it_is(fleet: FleetView, loads: Mapping[Role, RoleLoad]) -> RoleChange | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What a gateway is built from.
@@ -82,6 +94,8 @@ class Parts:
         mint: Makes a handoff id and its ticket for two workers.
         records: Where records are written, or None.
         plugin_failures: Returns failures of plugins by name.
+        rebalance: Asks the plugins for a change of roles.
+        watch: The watched file of workers, absolute, or None.
     """
 
     scheduler: Decides
@@ -90,6 +104,8 @@ class Parts:
     mint: Callable[[Worker, Worker], HandoffRef]
     records: RecordFile | None = None
     plugin_failures: Callable[[], dict[str, int]] = dict
+    rebalance: Ask = _leave_as_it_is
+    watch: Path | None = None
 
 
 Handler = Callable[["Gateway", Request, ClientConnection], None]
@@ -104,9 +120,9 @@ class Gateway:
         self.plugin_failures = parts.plugin_failures
         self.report_key = report_key(parts.secret)
         self.metrics = Metrics()
-        workers = tuple(w.worker() for w in policy.fleet.workers)
+        self.signatures = admin.Signatures(parts.secret)
         self.fleet = FleetState(
-            workers,
+            (),
             parts.dialects,
             model=policy.model,
             unhealthy_after=policy.gateway.unhealthy_after,
@@ -114,14 +130,21 @@ class Gateway:
         self._tasks = tasks
         self._helpers: set[asyncio.Task[None]] = set()
         self._lasting: list[asyncio.Task[None]] = []
-        connect_s = policy.gateway.connect_s
-        self.pools = {w.name: WorkerPool(w, self._spawn, connect_s=connect_s) for w in workers}
-        self.prober = Prober(
+        self.pools: dict[str, WorkerPool] = {}
+        self.members = Members(policy, self.fleet, self.pools, self._spawn, self._worker_gone)
+        switch_s = policy.scheduler.rebalance.switch_s
+        self.prober = Prober(self.fleet, self.pools, policy.gateway, switch_s=switch_s)
+        self.rebalancer = Rebalancer(
+            policy,
             self.fleet,
+            self.members,
             self.pools,
-            probe_s=policy.gateway.probe_s,
-            timeout_s=max(connect_s, policy.gateway.probe_s),
+            self.prober,
+            self._spawn,
+            parts.rebalance,
         )
+        self._watch_path = parts.watch
+        self._watched: WatchedFile | None = None
         self.ledger = HandoffLedger(
             self.metrics, wait_s=policy.telemetry.report_wait_s, settle=self._settle
         )
@@ -133,8 +156,8 @@ class Gateway:
         self._scheduler = parts.scheduler
         self._records = parts.records
         self._told_problems: set[str] = set()
-        engines = {w.engine for w in workers}
-        self._dialects = [d for name, d in parts.dialects.items() if name in engines]
+        self._dialects: list[Dialect] = []
+        self._dialects_of: FleetView | None = None
         self._gauges()
 
     def _gauges(self) -> None:
@@ -145,8 +168,9 @@ class Gateway:
         gauge(
             "disagg_workers_healthy",
             "Workers that take requests.",
-            lambda: sum(s.healthy for s in self.fleet.states.values()),
+            lambda: sum(s.takes_work for s in self.fleet.states.values()),
         )
+        gauge("disagg_role_changes", "Roles changed.", lambda: self.rebalancer.changes)
 
     def start(self) -> None:
         """Begin to probe the workers and to watch deadlines."""
@@ -154,6 +178,27 @@ class Gateway:
             self._tasks.create_task(self.prober.run()),
             self._tasks.create_task(self.watch()),
         ]
+        self.members.probe_with(self.prober)
+        if self._watch_path is not None:
+            loop, every_s = asyncio.get_running_loop(), self.policy.fleet.watch_s
+            self._watched = WatchedFile(self._watch_path, every_s, loop, self._follow)
+            self._watched.start()
+
+    def _follow(self, found: Found) -> None:
+        """Make the fleet what the watched file says, or tell why it stays as it was."""
+        try:
+            if isinstance(found, ConfigError):
+                raise found
+            self.members.follow(found, time.monotonic())
+        except ConfigError as exc:
+            log.error("the file of workers is wrong, the fleet stays as it was: %s", exc)
+            self.members.file_problem = str(exc)
+        else:
+            self.members.file_problem = ""
+
+    def _worker_gone(self, name: str) -> None:
+        """A worker left the fleet: nothing is kept of it."""
+        self.metrics.forget("disagg_failures", 0, name)
 
     def stop(self) -> None:
         """Cancel everything that runs by itself."""
@@ -181,7 +226,7 @@ class Gateway:
     def handle(self, request: Request, client: ClientConnection) -> None:
         """Answer one request; whatever goes wrong, the client hears of it."""
         path = request.path.partition(b"?")[0]
-        route = _ROUTES.get(path)
+        route = _ROUTES.get(path) or admin.route(path)
         if route is None:
             shown = path[:100].decode("ascii", "replace")
             self.refuse(client, 404, f"there is no {shown} here", code="not_found")
@@ -271,7 +316,7 @@ class Gateway:
 
     def _profile(self, name: str, parsed: ParsedRequest, now_s: float) -> RequestProfile:
         why = parsed.opaque
-        for dialect in self._dialects:
+        for dialect in self._engines_here():
             why = why or dialect.unsplittable(parsed.body)
         return RequestProfile(
             request_id=name,
@@ -285,6 +330,15 @@ class Gateway:
             tenant=parsed.tenant,
             arrival_s=now_s,
         )
+
+    def _engines_here(self) -> list[Dialect]:
+        """Return the dialects of the fleet's engines; made anew when the fleet changes."""
+        view = self.fleet.view()
+        if view is not self._dialects_of:
+            engines = {worker.engine for worker in view.workers}
+            self._dialects = [d for name, d in self.fleet.dialects.items() if name in engines]
+            self._dialects_of = view
+        return self._dialects
 
     def _decide(self, profile: RequestProfile, body: Body) -> Decision:
         view = self.fleet.view_for(profile.model)
@@ -328,7 +382,8 @@ class Gateway:
 
     def worker_failed(self, worker: str, side: str, kind: str, detail: str) -> None:
         """Count a failed call and let the worker's health know."""
-        self.metrics.count("disagg_failures", (worker, side, kind))
+        label = worker if worker in self.fleet.states else "gone"  # no label outlives its worker
+        self.metrics.count("disagg_failures", (label, side, kind))
         log.warning("worker %s, %s: %s: %s", worker, side, kind, detail)
         self.fleet.failed(worker, kind, detail)
 
@@ -342,6 +397,7 @@ class Gateway:
         record = exchange.record
         try:
             times.fill(record, self.metrics, now_s)
+            self.rebalancer.ended(now_s, record)
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))
@@ -384,9 +440,11 @@ class Gateway:
             await asyncio.sleep(tick_s)
             now_s = time.monotonic()
             self._enforce(now_s)
+            _safely(functools.partial(self.members.sweep, now_s))
+            _safely(functools.partial(self.rebalancer.tick, now_s))
             if now_s >= sweep_at_s:
                 sweep_at_s = now_s + POOL_SWEEP_S
-                for pool in self.pools.values():
+                for pool in list(self.pools.values()):
                     _safely(pool.sweep)
             if self._records is not None and now_s >= flush_at_s:
                 flush_at_s = now_s + FLUSH_S
@@ -419,6 +477,8 @@ class Gateway:
     async def drain(self) -> None:
         """Let open requests end, within ``drain_s``; then close everything."""
         self.draining = True
+        if self._watched is not None:
+            self._watched.close()
         for task in self._lasting[:1]:
             task.cancel()  # no more probes
         await asyncio.sleep(0.01)  # connections may have been accepted that are not made yet

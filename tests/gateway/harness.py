@@ -263,7 +263,13 @@ def build_stack(
             "scheduler": {
                 "split": {"min_prompt_tokens": min_prompt_tokens},
             },
-            "gateway": {"port": port, "probe_s": 0.1, "drain_s": 2.0, **(gateway or {})},
+            "gateway": {
+                "port": port,
+                "probe_s": 0.1,
+                "drain_s": 2.0,
+                "probe_generate_s": None,
+                **(gateway or {}),
+            },
             "telemetry": {"report_wait_s": 0.2, **(telemetry or {})},
         }
     )

@@ -1,0 +1,99 @@
+"""The workers that take requests, by role, kept up to date one worker at a time (sans-IO).
+
+A worker that joins, falls ill, recovers or leaves costs a look into a sorted list, not a look at
+every worker; what readers hold are tuples, made anew when somebody looks after a change.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from disagg_plugins.types import Role
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from disagg_plugins.types import Worker
+
+PHASES = (Role.PREFILL, Role.DECODE)
+
+
+@dataclass(slots=True)
+class _Listed:
+    order: int
+    worker: Worker
+    has_room: bool
+
+
+class RoleLists:
+    """Who takes requests of which role.
+
+    Attributes:
+        ready: By role, in the order of joining; as of the last ``settle``.
+        room: How many of a role have room.
+        changed: Roles whose list changed since the last ``settle``.
+    """
+
+    def __init__(self) -> None:
+        self.ready: dict[Role, Sequence[Worker]] = dict.fromkeys(PHASES, ())
+        self.room = dict.fromkeys(PHASES, 0)
+        self.changed: set[Role] = set()
+        self._orders: dict[Role, list[int]] = {role: [] for role in PHASES}
+        self._workers: dict[Role, list[Worker]] = {role: [] for role in PHASES}
+        self._listed: dict[str, _Listed] = {}
+
+    def now(self, role: Role) -> Sequence[Worker]:
+        """Return who takes requests of a role, changes since ``settle`` included."""
+        return self._workers[role]
+
+    def put(self, order: int, worker: Worker, *, has_room: bool) -> None:
+        """List a worker that takes requests, or what has changed of it.
+
+        Args:
+            order: Its place; no two workers have the same.
+            worker: As it is now.
+            has_room: Whether it may be given one more request.
+        """
+        old = self._listed.get(worker.name)
+        if old is not None and old.order == order and old.worker is worker:
+            if old.has_room != has_room:
+                old.has_room = has_room
+                self._count_room(worker, 1 if has_room else -1)
+            return
+        self.take(worker.name)
+        self._listed[worker.name] = _Listed(order, worker, has_room)
+        for role in PHASES:
+            if worker.role.serves(role):
+                at = bisect_left(self._orders[role], order)
+                self._orders[role].insert(at, order)
+                self._workers[role].insert(at, worker)
+                self.changed.add(role)
+        if has_room:
+            self._count_room(worker, 1)
+
+    def take(self, name: str) -> None:
+        """A worker takes no requests any more; idempotent."""
+        old = self._listed.pop(name, None)
+        if old is None:
+            return
+        for role in PHASES:
+            if old.worker.role.serves(role):
+                at = bisect_left(self._orders[role], old.order)
+                del self._orders[role][at]
+                del self._workers[role][at]
+                self.changed.add(role)
+        if old.has_room:
+            self._count_room(old.worker, -1)
+
+    def settle(self) -> None:
+        """Bring ``ready`` up to date."""
+        for role in self.changed:
+            self.ready[role] = tuple(self._workers[role])
+        self.changed.clear()
+
+    def _count_room(self, worker: Worker, step: int) -> None:
+        for role in PHASES:
+            if worker.role.serves(role):
+                self.room[role] += step
