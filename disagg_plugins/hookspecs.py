@@ -419,7 +419,7 @@ def disagg_on_handoff(event: HandoffEvent) -> None:
 
 
 # --------------------------------------------------------------------------------------
-# Placement: no caller in this release; the arguments are in placement/types.py
+# Placement: most have no caller in this release; the arguments are in placement/types.py
 # --------------------------------------------------------------------------------------
 
 

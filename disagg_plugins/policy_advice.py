@@ -82,7 +82,12 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
 
 
 def can_split(policy: Policy) -> bool:
-    """Return whether two different workers could do the two phases of a request."""
+    """Return whether two different workers could do the two phases of a request.
+
+    Those of a watched file are taken to be able to.
+    """
+    if policy.fleet.watch is not None:
+        return True
     prefill = {w.name for w in policy.fleet.workers if w.role.serves(Role.PREFILL)}
     decode = {w.name for w in policy.fleet.workers if w.role.serves(Role.DECODE)}
     return bool(prefill) and len(prefill | decode) > 1
@@ -126,6 +131,7 @@ def _sentences(policy: Policy) -> Iterator[str]:
         f"A worker rests after {gateway.unhealthy_after} failures in a row; at most "
         f"{gateway.max_requests} requests are in flight, more get 503."
     )
+    yield from _fleet_sentences(policy)
     yield (
         f"A third-party plugin has {plugins.deadline_s * 1000:g} ms a call and is switched off "
         f"after {plugins.strikes} overruns."
@@ -134,6 +140,32 @@ def _sentences(policy: Policy) -> Iterator[str]:
         yield f"Not loaded: {', '.join(plugins.disabled)}."
     if policy.telemetry.records is not None:
         yield f"A record of each request is written to {policy.telemetry.records}."
+
+
+def _fleet_sentences(policy: Policy) -> Iterator[str]:
+    """Yield how workers fall ill, recover, join and change their role."""
+    gateway, rules = policy.gateway, policy.scheduler.rebalance
+    if gateway.probe_generate_s is not None:
+        yield (
+            f"A worker silent for {gateway.probe_generate_s:g} s, or that failed, is asked for one "
+            f"token and has {gateway.probe_generate_timeout_s:g} s for it."
+        )
+    yield (
+        "A worker that comes back gets one request at a time until one succeeds; with each relapse "
+        f"it rests longer, from {gateway.rest_s:g} to {gateway.rest_max_s:g} s. The last worker of "
+        "a role is used though it fails, as long as it answers health probes."
+    )
+    if policy.fleet.watch is not None:
+        yield (
+            f"More workers stand in {policy.fleet.watch}, which is looked at every "
+            f"{policy.fleet.watch_s:g} s; one that is gone from it drains for at most "
+            f"{gateway.drain_s:g} s."
+        )
+    if rules.enabled:
+        yield (
+            f"A worker of role both moves to a role that is used to {rules.high:.0%} from one that "
+            f"is used to {rules.low:.0%} or less, at most one in {rules.hold_s:g} s."
+        )
 
 
 def _worker_sentence(worker: WorkerPolicy) -> str:

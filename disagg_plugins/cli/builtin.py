@@ -18,6 +18,7 @@ def disagg_register_commands() -> Sequence[Command]:
     """Offer the subcommands of this folder."""
     from disagg_plugins.cli.bench import BenchCommand
     from disagg_plugins.cli.doctor import DoctorCommand
+    from disagg_plugins.cli.fleet import FleetCommand
     from disagg_plugins.cli.plugins import PluginsCommand
     from disagg_plugins.cli.policy import PolicyCommand
     from disagg_plugins.cli.serve import ServeCommand
@@ -27,6 +28,7 @@ def disagg_register_commands() -> Sequence[Command]:
     return [
         BenchCommand(),
         DoctorCommand(),
+        FleetCommand(),
         PluginsCommand(),
         PolicyCommand(),
         ServeCommand(),

@@ -173,7 +173,8 @@ class FleetState:
         state = self.states[name]
         load = self._loads[name] = state.load()
         if load.healthy:
-            self._lists.put(state.order, state.worker, has_room=state.has_room)
+            has_room, trial = state.has_room, state.trial
+            self._lists.put(state.order, state.worker, has_room=has_room, trial=trial)
         else:
             self._lists.take(name)
 
@@ -188,11 +189,11 @@ class FleetState:
                 if ill:
                     self._keep(min(ill, key=lambda s: (s.failures, s.order)).worker.name, True)
         for role in tuple(self._lists.changed):
-            tried = [self.states[w.name] for w in self._lists.now(role)]
-            if all(state.trial for state in tried):
-                for state in tried:
-                    state.trial = False
-                    self._renew(state.worker.name)
+            listed = self._lists.now(role)
+            if len(listed) == self._lists.tried[role]:
+                for worker in tuple(listed):
+                    self.states[worker.name].trial = False
+                    self._renew(worker.name)
         self._lists.settle()
 
     def _roles_needed(self) -> tuple[Role, ...]:

@@ -96,6 +96,10 @@ class FakeEngine:
         behaviour: How it answers; may be replaced while it runs.
         secret: With it, tickets are checked and reports name their handoff.
         reporter: Takes ``published``, ``loaded`` and ``ended`` reports.
+
+    Attributes:
+        switch_status: How it answers when it is told its role; None: not at all.
+        switches: The roles that it took.
     """
 
     def __init__(
@@ -114,6 +118,8 @@ class FakeEngine:
         self.reporter = reporter
         self.seen = Seen()
         self.healthy = True
+        self.switch_status: int | None = 200
+        self.switches: list[str] = []
         self.connections: set[_Connection] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -260,6 +266,8 @@ class _Connection(asyncio.Protocol):
         elif self._url == b"/v1/models":
             card = {"id": engine.model, "object": "model", "owned_by": "fake"}
             self._json(200, {"object": "list", "data": [card]})
+        elif self._url == b"/pd_role_switch":
+            self._switch(msgspec.json.decode(self._body))
         elif self._url == b"/seen":
             seen = engine.seen
             self._json(
@@ -275,6 +283,16 @@ class _Connection(asyncio.Protocol):
             )
         else:
             self._completion(msgspec.json.decode(self._body))
+
+    def _switch(self, body: Json) -> None:
+        """Take a role as SGLang does; ``switch_status`` None: say nothing."""
+        engine = self._engine
+        if engine.switch_status is None:
+            return
+        if engine.switch_status == 200:
+            engine.switches.append(str(body.get("new_role")))
+        said = {"success": engine.switch_status == 200, "message": "as it was told to answer"}
+        self._json(engine.switch_status, said)
 
     def _json(self, status: int, value: object, *, framed: bool = True) -> None:
         body = msgspec.json.encode(value)

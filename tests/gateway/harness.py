@@ -235,6 +235,9 @@ def build_stack(
     dialects: object | None = None,
     model: str | None = None,
     port_of: dict[str, int] | None = None,
+    fleet: dict[str, object] | None = None,
+    scheduler: dict[str, object] | None = None,
+    worker: dict[str, object] | None = None,
     **roles: str,
 ) -> Stack:
     """Start engines and a gateway before them: ``p0="prefill", d0="decode"``."""
@@ -255,13 +258,14 @@ def build_stack(
             engine.reporter = Reporter(f"http://127.0.0.1:{port}", SECRET, name)
             stack.callback(engine.reporter.close)
         engines[name] = engine
-        workers.append({"name": name, "url": engine.url, "role": role, "capacity": 1000})
+        workers.append({"name": name, "url": engine.url, "role": role, "capacity": 1000, **(worker or {})})
     policy = Policy.model_validate(
         {
             "model": model,
-            "fleet": {"workers": workers},
+            "fleet": {"workers": workers, **(fleet or {})},
             "scheduler": {
                 "split": {"min_prompt_tokens": min_prompt_tokens},
+                **(scheduler or {}),
             },
             "gateway": {
                 "port": port,
