@@ -49,19 +49,19 @@ class Admin:
         Raises:
             TransportError: Nobody answers, or not with JSON.
         """
-        from disagg_plugins.gateway.admin import signature
+        from disagg_plugins.gateway.admin import signed_headers
         from disagg_plugins.telemetry.reports import SIGNATURE_HEADER, report_key, sign
 
         path = f"{PATH}/{quote(name, safe='')}" if name else PATH
         raw = b"" if body is None else json.dumps(body).encode()
         now_s = time.time()
         if method == "GET":
-            proof = sign(report_key(self._secret), raw, now_s)
+            headers = {SIGNATURE_HEADER: sign(report_key(self._secret), raw, now_s)}
         else:
-            proof = signature(self._secret, method, path, raw, now_s)
+            headers = signed_headers(self._secret, method, path, raw, now_s)
         connection = HTTPConnection(self._host, self._port, timeout=ANSWER_S)
         try:
-            connection.request(method, path, raw, {SIGNATURE_HEADER: proof})
+            connection.request(method, path, raw, headers)
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read(MAX_ANSWER_BYTES))
         except (OSError, HTTPException, ValueError) as exc:

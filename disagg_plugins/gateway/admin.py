@@ -1,12 +1,13 @@
 """The fleet's administration over HTTP: ``/internal/workers`` and ``/internal/workers/NAME``.
 
 Reading is for clients on this host and for holders of the fleet's secret, like the status. Writing
-always wants a signature, over the method, the path and the body, with a key of its own; a signature
-is good once.
+always wants a signature, over the method, the path, the body and a number used once, with a key of
+its own; a signature is good once.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, cast
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from disagg_plugins.gateway.server import Gateway
 
 PATH = "/internal/workers"
-SIGNATURE = b"x-disagg-signature"
+SIGNATURE_HEADER = "X-Disagg-Signature"
+NONCE_HEADER = "X-Disagg-Nonce"
+MAX_NONCE_CHARS = 64
 MAX_BODY_BYTES = 64 * 1024
 """One worker with many labels is below 4 KiB."""
 
@@ -50,13 +53,15 @@ class Signatures:
         self._key = admin_key(secret)
         self._used: OrderedDict[str, float] = OrderedDict()  # and when each is void anyway
 
-    def check(self, method: bytes, path: bytes, header: str, body: bytes, now_s: float) -> None:
+    def check(self, request: Request, now_s: float) -> None:
         """Take one request.
 
         Raises:
             AuthenticationError: Its signature is missing, false, stale or was used before.
         """
-        verify(self._key, header, signed_text(method, path, body), now_s)
+        header, nonce = (_header(request, name) for name in (SIGNATURE_HEADER, NONCE_HEADER))
+        text = signed_text(request.method, request.path, nonce[:MAX_NONCE_CHARS], request.body)
+        verify(self._key, header, text, now_s)
         while self._used and next(iter(self._used.values())) < now_s:
             self._used.popitem(last=False)
         proof = header.partition(",v1=")[2]
@@ -72,14 +77,22 @@ def admin_key(secret: bytes) -> bytes:
     return derive_key(secret, Purpose.ADMIN)
 
 
-def signed_text(method: bytes, path: bytes, body: bytes) -> bytes:
+def signed_text(method: bytes, path: bytes, nonce: str, body: bytes) -> bytes:
     """Return what a signature covers: one request cannot be turned into another."""
-    return b"%b %b\n%b" % (method, path, body)
+    return b"%b %b\n%b\n%b" % (method, path, nonce.encode("latin-1"), body)
 
 
-def signature(secret: bytes, method: str, path: str, body: bytes, now_s: float) -> str:
-    """Return the header of a signed request."""
-    return sign(admin_key(secret), signed_text(method.encode(), path.encode(), body), now_s)
+def signed_headers(
+    secret: bytes, method: str, path: str, body: bytes, now_s: float, *, nonce: str = ""
+) -> dict[str, str]:
+    """Return the headers that prove a request; without ``nonce`` with a new random one."""
+    nonce = nonce or secrets.token_hex(16)
+    text = signed_text(method.encode("ascii"), path.encode("ascii"), nonce, body)
+    return {SIGNATURE_HEADER: sign(admin_key(secret), text, now_s), NONCE_HEADER: nonce}
+
+
+def _header(request: Request, name: str) -> str:
+    return (header_value(request.headers, name.lower().encode()) or b"").decode("latin-1")
 
 
 def route(path: bytes) -> tuple[tuple[bytes, ...], Callable[..., None]] | None:
@@ -150,10 +163,8 @@ def _write(
         text = f"the body exceeds {MAX_BODY_BYTES} bytes"
         gateway.refuse(client, 413, text, code="too_large")
         return
-    proof = (header_value(request.headers, SIGNATURE) or b"").decode("latin-1")
-    path = request.path
     try:
-        gateway.signatures.check(request.method, path, proof, request.body, time.time())
+        gateway.signatures.check(request, time.time())
         status, answer = do(gateway, request)
     except AuthenticationError as exc:
         gateway.refuse(client, 403, str(exc), code="signature")

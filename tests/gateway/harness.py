@@ -258,7 +258,9 @@ def build_stack(
             engine.reporter = Reporter(f"http://127.0.0.1:{port}", SECRET, name)
             stack.callback(engine.reporter.close)
         engines[name] = engine
-        workers.append({"name": name, "url": engine.url, "role": role, "capacity": 1000, **(worker or {})})
+        workers.append(
+            {"name": name, "url": engine.url, "role": role, "capacity": 1000, **(worker or {})}
+        )
     policy = Policy.model_validate(
         {
             "model": model,
