@@ -22,6 +22,7 @@ from disagg_plugins.gateway.wire import Header, get, post
 from disagg_plugins.gateway.worker_state import rest_of
 
 if TYPE_CHECKING:
+    from disagg_plugins.gateway.dialect import Body
     from disagg_plugins.gateway.fleet import FleetState
     from disagg_plugins.gateway.pool import WorkerPool
     from disagg_plugins.gateway.worker_state import WorkerState
@@ -264,7 +265,8 @@ class Prober:
             TransportError: It did not; the kind ``role`` means that it said so.
         """
         dialect = self._fleet.dialects.get(worker.engine)
-        asked = None if dialect is None else dialect.role_switch(role)
+        tell = getattr(dialect, "role_switch", None)  # a dialect of another package may lack it
+        asked: tuple[str, Body] | None = None if tell is None else tell(role)
         if asked is None:
             raise TransportError("role", f"no server of {worker.engine} can be told its role")
         path, body = asked
