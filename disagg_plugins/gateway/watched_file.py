@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 Found = tuple["WorkerPolicy", ...] | ConfigError
 """The workers of the file, or what is wrong with it."""
 
-CLOSE_S = 0.2
-"""How long the end waits for the thread; one that hangs in the disk is left behind (daemon)."""
-
 Mark = tuple[int, int, int]
 """Modification time in nanoseconds, size and inode: one of them changes with the content."""
 
@@ -63,10 +60,8 @@ class WatchedFile:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop following, within a bound."""
+        """Stop following; a thread that hangs in the disk is left behind (daemon)."""
         self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         while not self._closing.is_set():

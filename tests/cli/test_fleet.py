@@ -18,7 +18,7 @@ Run = Callable[..., tuple[int, str]]
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Stack]:
     with ExitStack() as stack:
-        yield build_stack(stack, tmp_path, d0="decode", b0="both")
+        yield build_stack(stack, tmp_path, p0="prefill", d0="decode", b0="both")
 
 
 @pytest.fixture
