@@ -43,6 +43,19 @@ def _http_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _publisher(address: str) -> str:
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(address)
+    if parts.scheme == "ipc" and len(parts.path) > 1 and not parts.netloc:
+        return address
+    if parts.scheme != "tcp" or not parts.hostname or parts.port is None or "*" in address:
+        raise ValueError(f"{address!r} is not of the form tcp://host:port or ipc:///path")
+    if parts.path or parts.query or parts.username is not None:
+        raise ValueError(f"{address!r} has more than tcp://host:port")
+    return address
+
+
 BYTE_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 BYTE_TEXT = r"^[0-9]+ *([KMGT]iB)?$"
 
@@ -127,6 +140,11 @@ class WorkerPolicy(Section):
         "--enable-pd-role-switch), has one role at a time, decode at first, and may be told to "
         "take the other.",
     )
+    kv_events: Annotated[str, AfterValidator(_publisher)] | None = Field(
+        default=None,
+        description="Where its engine publishes KV events (--kv-events-config): tcp://host:port, "
+        "or ipc:///path on this host.",
+    )
     launch: Launch | None = None
 
     @model_validator(mode="after")
@@ -205,6 +223,28 @@ class SplitPolicy(Section):
     )
 
 
+class SloClass(Section):
+    """What requests of one class are promised."""
+
+    ttft_s: Seconds | None = Field(default=None, description="Bound on TTFT; None: none.")
+    tpot_s: Seconds | None = Field(default=None, description="Bound on TPOT; None: none.")
+    priority: int = Field(default=0, ge=-1000, le=1000, description="Higher is more urgent.")
+
+
+class PrefixPolicy(Section):
+    """What is believed of a worker's prefix cache where its engine does not publish KV events."""
+
+    ttl_s: Seconds = Field(
+        default=300.0, description="A prompt is believed cached for this long after it was routed."
+    )
+    tokens: int = Field(
+        default=262_144,
+        ge=64,
+        le=1 << 30,
+        description="Tokens believed cached on one worker; less where its KV room is known.",
+    )
+
+
 DEFAULT_WEIGHTS = {
     "least-loaded": 1.0,
     "prefix-affinity": 0.0,
@@ -249,11 +289,11 @@ class SchedulerPolicy(Section):
         "built-in scorers 0, those of other packages 1.",
     )
     candidates: int = Field(
-        default=8,
+        default=4,
         ge=2,
         le=4096,
-        description="Workers of a role that are compared for a request; in a larger fleet so many "
-        "at random, and those that plugins nominate.",
+        description="Where a role has more than twice as many healthy workers, so many of them at "
+        "random are compared for a request, and those that plugins nominate; else all.",
     )
     pick: Literal["max", "power-of-two", "weighted-random"] = Field(
         default="max",
@@ -261,8 +301,33 @@ class SchedulerPolicy(Section):
         "or one at random by its score.",
     )
     rebalance: RebalancePolicy = RebalancePolicy()
+    slo_classes: dict[Name, SloClass] = Field(
+        default_factory=dict,
+        max_length=64,
+        description="Class name -> its bounds; a request names its class in x-disagg-slo-class.",
+    )
+    default_slo_class: Name | None = Field(
+        default=None, description="Class of requests that name none; None: they have no SLO."
+    )
+    profile: Path | None = Field(
+        default=None,
+        description="How fast the workers are, from `disagg profile`; relative to the policy file.",
+    )
     chars_per_token: float = Field(
         default=4.0, gt=0.1, le=100, description="Estimate of prompt length for text prompts."
+    )
+    tokenizer: Path | None = Field(
+        default=None,
+        description="The model's folder or tokenizer.json, to count prompts instead of estimating "
+        "them; relative to the policy file. Needs the extra disagg-plugins[tokenizer].",
+    )
+    tokenizer_s: Seconds = Field(
+        default=1.0, description="Counting one prompt; then its length is estimated."
+    )
+    prefix: PrefixPolicy = PrefixPolicy()
+    labels: dict[str, dict[str, str]] = Field(
+        default_factory=dict,
+        description="Tenant, or * for all others -> labels that its workers must have.",
     )
 
 

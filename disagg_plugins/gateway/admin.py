@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 
 from disagg_plugins.errors import AuthenticationError, ConfigError, DisaggError
-from disagg_plugins.gateway.endpoints import encode, refused_to_read, worker_status
+from disagg_plugins.gateway.endpoints import encode, may_see, worker_status
 from disagg_plugins.gateway.wire import header_value
 from disagg_plugins.handoff.keys import Purpose, derive_key
 from disagg_plugins.placement.types import RoleChange
@@ -108,7 +108,7 @@ def route(path: bytes) -> tuple[tuple[bytes, ...], Callable[..., None]] | None:
 def workers(gateway: Gateway, request: Request, client: ClientConnection) -> None:
     """Answer all workers, or take a new one."""
     if request.method in READ:
-        if not refused_to_read(gateway, request, client):
+        if may_see(gateway, request, client):
             client.answer(200, encode({"workers": fleet_status(gateway)}))
         return
     _write(gateway, request, client, _add)
@@ -117,7 +117,7 @@ def workers(gateway: Gateway, request: Request, client: ClientConnection) -> Non
 def one_worker(gateway: Gateway, request: Request, client: ClientConnection) -> None:
     """Answer one worker, change it (POST) or let it leave (DELETE)."""
     name = _name(request)
-    if request.method in READ and refused_to_read(gateway, request, client):
+    if request.method in READ and not may_see(gateway, request, client):
         return
     if request.method not in READ:
         _write(gateway, request, client, _remove if request.method == b"DELETE" else _change)
@@ -137,7 +137,6 @@ def _status(gateway: Gateway, name: str) -> dict[str, object]:
     return {
         **worker_status(gateway, gateway.fleet.states[name]),
         "declared_role": str(given.role),
-        "capacity": given.capacity,
         "labels": dict(given.labels),
         "by": by,
         "leaving": leaving,

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.gateway.client_connection import ClientConnection
 from disagg_plugins.gateway.dialect import HandoffRef
-from disagg_plugins.gateway.server import Gateway, Parts
+from disagg_plugins.gateway.parts import Parts
+from disagg_plugins.gateway.server import Gateway
+from disagg_plugins.gateway.token_counter import load_token_counter
 from disagg_plugins.handoff.tickets import mint
 from disagg_plugins.scheduling.decision import Scheduler
 from disagg_plugins.telemetry.records import RecordFile
@@ -47,6 +49,7 @@ async def serve(
     secret: bytes,
     records_path: Path | None = None,
     base_dir: Path | None = None,
+    tokenizer: Path | None = None,
     ready: Callable[[Gateway], object] | None = None,
     stop: asyncio.Event,
 ) -> None:
@@ -58,6 +61,7 @@ async def serve(
         secret: The fleet's secret.
         records_path: Where to write records; None: nowhere.
         base_dir: Folder where relative paths of the policy start; None: the current one.
+        tokenizer: The model's folder or ``tokenizer.json``; None: as the policy says.
         ready: Called once the port accepts connections.
         stop: Set it to end; open requests get ``gateway.drain_s``.
 
@@ -70,7 +74,8 @@ async def serve(
     try:
         sock = _listen(policy)
         try:
-            parts = _parts(policy, host, secret, records)
+            path = tokenizer or policy.scheduler.tokenizer
+            parts = _parts(policy, host, secret, records, path)
             watch = policy.fleet.watch
             if watch is not None:
                 parts = replace(parts, watch=(base_dir or Path()) / watch.expanduser())
@@ -182,7 +187,13 @@ def _check_engines(policy: Policy, host: PluginHost) -> None:
             )
 
 
-def _parts(policy: Policy, host: PluginHost, secret: bytes, records: RecordFile | None) -> Parts:
+def _parts(
+    policy: Policy,
+    host: PluginHost,
+    secret: bytes,
+    records: RecordFile | None,
+    tokenizer: Path | None,
+) -> Parts:
     ticket_s = policy.handoff.ticket_s
 
     def new_handoff(prefill: Worker, decode: Worker) -> HandoffRef:
@@ -213,6 +224,7 @@ def _parts(policy: Policy, host: PluginHost, secret: bytes, records: RecordFile 
         records=records,
         plugin_failures=plugin_failures,
         rebalance=host.placement.select_rebalance,
+        counter=None if tokenizer is None else load_token_counter(tokenizer),
     )
 
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from disagg_plugins.gateway.dialect import Dialect, pair_family, tells_endpoints
 from disagg_plugins.gateway.pairs import Across, PairProblems
 from disagg_plugins.gateway.role_lists import PHASES, RoleLists
 from disagg_plugins.gateway.worker_state import GONE, NOT_SICK, Work, WorkerState
 from disagg_plugins.types import Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
+
+if TYPE_CHECKING:
+    from disagg_plugins.telemetry.records import RequestRecord
 
 EXPECTED_OUTPUT_TOKENS = 256
 """Of a request that bounds its answer by nothing but the model: about the mean of chat traffic
@@ -70,6 +74,7 @@ class FleetState:
         self._ailing = False  # the health of some worker changed, so who is kept may change
         self._pairs = PairProblems(self._names, self._pair_problem, self._kind)
         self._view: FleetView | None = None  # None: to be made anew, the workers changed
+        self._spoken: tuple[FleetView | None, tuple[Dialect, ...]] = None, ()
         for worker in workers:
             self.add(worker)
 
@@ -276,6 +281,15 @@ class FleetState:
         state.kv_tokens -= work.context_tokens + work.output_tokens
         self._stale.add(name)
 
+    def wrote(self, record: RequestRecord) -> None:
+        """A request ended: count its tokens where they were written.
+
+        A stream without usage counts as many tokens as it had pieces.
+        """
+        state = self.states.get(record.decode)
+        if state is not None:
+            state.tokens_written += record.output_tokens or len(record.gaps_s or ()) + 1
+
     def succeeded(self, name: str) -> None:
         """The worker did its part of a request."""
         state = self.states.get(name)
@@ -344,6 +358,15 @@ class FleetState:
             state.out(reason)
         self._stale.add(name)
         self._ailing = True
+
+    def dialects_here(self) -> tuple[Dialect, ...]:
+        """Return the dialects of the fleet's engines; made anew when its workers change."""
+        view = self.view()
+        if view is not self._spoken[0]:
+            engines = {worker.engine for worker in view.workers}
+            spoken = tuple(d for name, d in self.dialects.items() if name in engines)
+            self._spoken = view, spoken
+        return self._spoken[1]
 
     def model(self) -> str | None:
         """Return the model of the fleet: the policy's, else the first worker's in file order."""

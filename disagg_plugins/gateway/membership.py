@@ -61,6 +61,7 @@ class Members:
         fleet: Is told who joins, drains and leaves.
         pools: Connections by worker name; kept up to date here.
         spawn: Runs a coroutine in the gateway's task group.
+        joined: Told of each worker that joined.
         gone: Told the name of each worker that left.
     """
 
@@ -70,12 +71,14 @@ class Members:
         fleet: FleetState,
         pools: dict[str, WorkerPool],
         spawn: Spawn,
+        joined: Callable[[WorkerPolicy], None],
         gone: Callable[[str], None],
     ) -> None:
         self._policy = policy
         self._fleet = fleet
         self._pools = pools
         self._spawn = spawn
+        self._joined = joined
         self._gone = gone
         self._prober: Prober | None = None
         self._members: dict[str, _Member] = {}
@@ -118,6 +121,7 @@ class Members:
         self._pools[given.name] = WorkerPool(worker, self._spawn, connect_s=connect_s)
         self._members[given.name] = _Member(given, by)
         self._urls[given.url] = given.name
+        self._joined(given)
         if self._prober is not None:
             self._prober.watch(given.name)
             log.warning("worker %s at %s joined as %s", given.name, given.url, given.role)

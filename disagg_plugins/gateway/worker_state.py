@@ -60,6 +60,7 @@ class WorkerState:
     reason: str = "not probed yet"
     models: tuple[str, ...] = ()
     served: int = 0
+    tokens_written: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     last_problem: str = ""
     hello: Mapping[str, object] | None = None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from disagg_plugins.gateway.app import GC_YOUNG_OBJECTS
 from disagg_plugins.gateway.fleet import FleetState, Work
 from disagg_plugins.plugins import PluginHost
-from disagg_plugins.policy import DEFAULT_WEIGHTS, Policy
+from disagg_plugins.policy import DEFAULT_WEIGHTS, Policy, SchedulerPolicy
 from disagg_plugins.scheduling.decision import Scheduler
 from disagg_plugins.types import Disaggregated, RequestProfile, Role, Worker
 from disagg_vllm.dialect import VllmDialect
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SIZES = (4, 64, 1024, 10_000)
+CANDIDATES = SchedulerPolicy.model_fields["candidates"].default
+
 IN_FLIGHT = 8
 """Requests a worker, on average."""
 
@@ -132,7 +134,7 @@ def main() -> None:
     given = parser.parse_args()
     per_s: dict[str, float] = {}
     for size in given.sizes:
-        sampled, peak = rate(size, 8, given.rule, given.seconds, given.seed)
+        sampled, peak = rate(size, CANDIDATES, given.rule, given.seconds, given.seed)
         per_s[str(size)] = round(sampled)
         line = f"{size:6} workers  {sampled:8.0f} decisions/s  {1e6 / sampled:7.1f} us"
         line += f"  fullest/mean {peak:.2f}"

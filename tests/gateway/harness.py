@@ -194,7 +194,8 @@ class Stack:
         def lines() -> list[str]:
             if not self.records_path.exists():
                 return []
-            return self.records_path.read_text().splitlines()
+            text = self.records_path.read_text()
+            return text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written
 
         eventually(lambda: len(lines()) >= count, f"{count} records")
         return [json.loads(line) for line in lines()]
@@ -238,13 +239,14 @@ def build_stack(
     fleet: dict[str, object] | None = None,
     scheduler: dict[str, object] | None = None,
     worker: dict[str, object] | None = None,
+    kv_events: dict[str, str] | None = None,
     **roles: str,
 ) -> Stack:
     """Start engines and a gateway before them: ``p0="prefill", d0="decode"``."""
     roles = roles or {"p0": "prefill", "d0": "decode"}
     port = free_port()
     engines: dict[str, FakeEngine] = {}
-    workers = []
+    workers: list[dict[str, object]] = []
     for name, role in roles.items():
         engine = FakeEngine(
             model=(models or {}).get(name, "fake-model"),
@@ -261,6 +263,8 @@ def build_stack(
         workers.append(
             {"name": name, "url": engine.url, "role": role, "capacity": 1000, **(worker or {})}
         )
+        if name in (kv_events or {}):
+            workers[-1]["kv_events"] = kv_events[name]
     policy = Policy.model_validate(
         {
             "model": model,

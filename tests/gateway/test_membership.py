@@ -205,7 +205,7 @@ def test_workers_that_come_and_go_leave_no_task_behind(build: Build) -> None:
             wait_gone(stack, f"x{i}")
     gateway = stack.gateway
     assert list(gateway.pools) == ["d0"]
-    eventually(lambda: len(gateway.running()) == 3, f"{gateway.running()}")
+    eventually(lambda: len(gateway.running()) == 4, f"{gateway.running()}")
 
 
 # The watched file ------------------------------------------------------------------------------
