@@ -16,6 +16,7 @@ import random
 import statistics
 import time
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disagg_plugins.gateway.app import GC_YOUNG_OBJECTS
@@ -34,6 +35,9 @@ CANDIDATES = SchedulerPolicy.model_fields["candidates"].default
 
 IN_FLIGHT = 8
 """Requests a worker, on average."""
+
+PROFILE = Path(__file__).with_name("profile.yaml")
+"""DistServe's fit of OPT-13B on one A100: the SLO rule predicts from the first request on."""
 
 ALL_AT_MOST = 1024
 """Larger fleets are not compared with looking at all: a decision takes some 10 ms there."""
@@ -65,6 +69,8 @@ def policy(candidates: int, rule: str) -> Policy:
             "fleet": {"workers": [{"name": "d", "url": "http://127.0.0.1:1", "role": "both"}]},
             "scheduler": {
                 "split": {"rule": rule},
+                "profile": str(PROFILE),
+                "slo_classes": {"chat": {"ttft_s": 1.0, "tpot_s": 0.05}},
                 "weights": dict.fromkeys(DEFAULT_WEIGHTS, 1.0),
                 "candidates": candidates,
             },
@@ -83,7 +89,9 @@ def profiles(seed: int) -> Iterator[RequestProfile]:
         hashes = [f"{shared}-{i}" for i in range(4)] + [f"{number}-{i}" for i in range(4)]
         yield RequestProfile(
             str(number), "/v1/completions", "m", tokens, True, 256,
-            prefix_hashes=hashes, session=str(draw.randrange(256)),
+            prefix_hashes=hashes, session=str(draw.randrange(256)), slo_class="chat",
+            ttft_slo_s=1.0, tpot_slo_s=0.05,
+            cached_tokens={f"w{shared % 4}": 256, f"w{shared % 4 + 1}": 128},
         )  # fmt: skip
 
 
