@@ -24,6 +24,7 @@ BUILTINS = {
     "power-of-two": "disagg_plugins.scheduling.power_of_two:PowerOfTwo",
     "weighted-random": "disagg_plugins.scheduling.weighted_random:WeightedRandom",
     "threshold": "disagg_plugins.scheduling.threshold:Threshold",
+    "rebalance": "disagg_plugins.scheduling.rebalance:Rebalance",
     "always": "disagg_plugins.scheduling.always:Always",
     "never": "disagg_plugins.scheduling.never:Never",
     "load": "disagg_plugins.scheduling.load_rule:LoadRule",

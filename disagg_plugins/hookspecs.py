@@ -437,7 +437,7 @@ def disagg_on_handoff(event: HandoffEvent) -> None:
 
 
 # --------------------------------------------------------------------------------------
-# Placement: no caller in this release; the arguments are in placement/types.py
+# Placement: most have no caller in this release; the arguments are in placement/types.py
 # --------------------------------------------------------------------------------------
 
 
@@ -523,10 +523,14 @@ def disagg_score_placements(
 
 @hookspec(firstresult=True)
 def disagg_select_rebalance(fleet: FleetView, loads: Mapping[Role, RoleLoad]) -> RoleChange | None:
-    """Propose that one worker changes its role. No caller in this release.
+    """Propose that one worker changes its role.
 
-    Called in: the gateway.
-    How often: once every few seconds; at most one worker changes at a time.
+    ``fleet`` shows each worker in its current role; those that may change are ``movable``. The
+    gateway refuses a change that would leave a role without a healthy worker, drains the worker
+    first, and changes nothing again for ``scheduler.rebalance.hold_s``.
+
+    Called in: the gateway, with ``scheduler.rebalance.enabled``.
+    How often: once in ``scheduler.rebalance.every_s``; at most one worker changes at a time.
     Answers: the first one wins.
 
     Returns:

@@ -23,12 +23,12 @@ def contradictions(policy: Policy) -> Iterator[tuple[KeyPath, str]]:
     gateway = policy.gateway
     for index, worker in enumerate(policy.fleet.workers):
         url = urlsplit(worker.url)
-        if url.port == gateway.port and _is_loopback(url.hostname or ""):
+        if url.port == gateway.port and is_loopback(url.hostname or ""):
             yield (
                 ("fleet", "workers", index, "url"),
                 f"port {gateway.port} is the gateway's own (gateway.port)",
             )
-        if worker.launch is not None and not _is_loopback(url.hostname or ""):
+        if worker.launch is not None and not is_loopback(url.hostname or ""):
             yield (
                 ("fleet", "workers", index, "launch"),
                 f"a worker at {url.hostname} cannot be started from here; launch starts workers "
@@ -90,7 +90,7 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
         ("gateway.host", policy.gateway.host),
         ("handoff.listen_host", policy.handoff.listen_host),
     ):
-        if not _is_loopback(host):
+        if not is_loopback(host):
             yield (
                 f"{key} is {host}: reachable from the network, and nothing is encrypted; keep it "
                 "inside a trusted network"
@@ -101,7 +101,12 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
 
 
 def can_split(policy: Policy) -> bool:
-    """Return whether two different workers could do the two phases of a request."""
+    """Return whether two different workers could do the two phases of a request.
+
+    Those of a watched file are taken to be able to.
+    """
+    if policy.fleet.watch is not None:
+        return True
     prefill = {w.name for w in policy.fleet.workers if w.role.serves(Role.PREFILL)}
     decode = {w.name for w in policy.fleet.workers if w.role.serves(Role.DECODE)}
     return bool(prefill) and len(prefill | decode) > 1
@@ -145,6 +150,7 @@ def _sentences(policy: Policy) -> Iterator[str]:
         f"A worker rests after {gateway.unhealthy_after} failures in a row; at most "
         f"{gateway.max_requests} requests are in flight, more get 503."
     )
+    yield from _fleet_sentences(policy)
     yield (
         f"A third-party plugin has {plugins.deadline_s * 1000:g} ms a call and is switched off "
         f"after {plugins.strikes} overruns."
@@ -189,6 +195,32 @@ def _queue_sentences(policy: Policy) -> Iterator[str]:
         yield (
             f"A request is refused when every predicted TTFT is over "
             f"{rules.admission.refuse_over:g} times its SLO class's."
+        )
+
+
+def _fleet_sentences(policy: Policy) -> Iterator[str]:
+    """Yield how workers fall ill, recover, join and change their role."""
+    gateway, rules = policy.gateway, policy.scheduler.rebalance
+    if gateway.probe_generate_s is not None:
+        yield (
+            f"A worker silent for {gateway.probe_generate_s:g} s, or that failed, is asked for one "
+            f"token and has {gateway.probe_generate_timeout_s:g} s for it."
+        )
+    yield (
+        "A worker that comes back gets one request at a time until one succeeds; with each relapse "
+        f"it rests longer, from {gateway.rest_s:g} to {gateway.rest_max_s:g} s. The last worker of "
+        "a role is used though it fails, as long as it answers health probes."
+    )
+    if policy.fleet.watch is not None:
+        yield (
+            f"More workers stand in {policy.fleet.watch}, which is looked at every "
+            f"{policy.fleet.watch_s:g} s; one that is gone from it drains for at most "
+            f"{gateway.drain_s:g} s."
+        )
+    if rules.enabled:
+        yield (
+            f"A worker of role both moves to a role that is used to {rules.high:.0%} from one that "
+            f"is used to {rules.low:.0%} or less, at most one in {rules.hold_s:g} s."
         )
 
 
@@ -266,7 +298,8 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address is this machine's own."""
     if host == "localhost":
         return True
     try:

@@ -51,6 +51,8 @@ class Worker:
         handoffs: Whether it takes part in handoffs. An engine may have modes for the two phases
             and none for both.
         kv_tokens: Tokens that its KV cache holds, or None where nobody has said so.
+        movable: Declared for both roles: the gateway may move it from one to the other.
+        role_switch: Its server has one role at a time and switches it when it is told to.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Worker:
     whole: bool = True
     handoffs: bool = True
     kv_tokens: int | None = None
+    movable: bool = False
+    role_switch: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,28 @@ def test_a_policy_is_explained_in_words():
     assert "No request is split" in explain(policy(D))
 
 
+def test_how_a_fleet_changes_is_told():
+    text = explain(
+        policy(
+            B,
+            D,
+            fleet={"workers": [B, D], "watch": "more.yaml"},
+            scheduler={"rebalance": {"enabled": True}},
+        )
+    )
+    assert "More workers stand in more.yaml" in text
+    assert "moves to a role that is used to 80% from one that is used to 40% or less" in text
+    assert "is asked for one token and has 20 s for it" in text
+    assert "gets one request at a time until one succeeds" in text
+
+
+def test_of_a_fleet_whose_changes_are_off_nothing_is_told():
+    text = explain(policy(B, D, gateway={"probe_generate_s": None}))
+    assert "one token" not in text
+    assert "More workers" not in text
+    assert "moves to a role" not in text
+
+
 @pytest.mark.parametrize(
     ("rule", "words"),
     [

@@ -18,7 +18,7 @@ import msgspec
 
 from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
-from disagg_plugins.gateway.fleet import Work, expected_output
+from disagg_plugins.gateway.fleet import expected_output
 from disagg_plugins.gateway.refusals import RequestError, error_body
 from disagg_plugins.gateway.sse import (
     OUTPUT,
@@ -32,6 +32,7 @@ from disagg_plugins.gateway.surroundings import NOTHING_CACHED, Surroundings
 from disagg_plugins.gateway.timeline import Timeline
 from disagg_plugins.gateway.upstream import Call
 from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded, header_value, post
+from disagg_plugins.gateway.worker_state import Work
 from disagg_plugins.telemetry.records import FailureRecord, RequestRecord
 from disagg_plugins.types import Decision, Disaggregated, Worker
 
@@ -466,12 +467,10 @@ class Exchange:
         self._bodies[side] = []
         self._sizes_bytes[side] = 0
         self.surroundings.sent(self.record, self._times, side, worker, gateway.fleet.view())
-        gateway.fleet.begin(worker.name, work)
+        pool, work = gateway.members.give(worker, work)
         self._work_on[side] = (worker.name, work)
-        pool = gateway.pools[worker.name]
-        path = self._parsed.endpoint.encode("ascii")
-        call = Call(side, post(path, pool.host_header, self._shared, body), self)
-        self._calls[side] = call
+        path, host = self._parsed.endpoint.encode("ascii"), pool.host_header
+        self._calls[side] = call = Call(side, post(path, host, self._shared, body), self)
         pool.submit(call)
 
     def _leave(self, side: str) -> None:

@@ -14,16 +14,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
-from disagg_plugins.gateway import endpoints
+from disagg_plugins.gateway import admin, endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
 from disagg_plugins.gateway.counting import WaitsForCount
 from disagg_plugins.gateway.entrance import SHUTTING_DOWN, Entrance, Pending, Ways, tenant_of
 from disagg_plugins.gateway.exchange import Exchange
 from disagg_plugins.gateway.explanations import Explanation, Explanations
 from disagg_plugins.gateway.fleet import FleetState
-from disagg_plugins.gateway.health import Prober
+from disagg_plugins.gateway.fleet_keeper import FleetKeeper
 from disagg_plugins.gateway.openai import CHAT, COMPLETIONS, ParsedRequest, parse_request
-from disagg_plugins.gateway.pool import WorkerPool
 from disagg_plugins.gateway.prompts import Prompts
 from disagg_plugins.gateway.refusals import RequestError, error_body
 from disagg_plugins.gateway.sessions import session_of
@@ -39,6 +38,7 @@ from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProf
 if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, HandoffRef
     from disagg_plugins.gateway.parts import Parts
+    from disagg_plugins.gateway.pool import WorkerPool
     from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.gateway.token_counter import Counting, Ids
     from disagg_plugins.policy import Policy
@@ -82,9 +82,9 @@ class Gateway:
         self.plugin_failures = parts.plugin_failures
         self.report_key = report_key(parts.secret)
         self.metrics = Metrics()
-        workers = tuple(w.worker() for w in policy.fleet.workers)
+        self.signatures = admin.Signatures(parts.secret)
         self.fleet = FleetState(
-            workers,
+            (),
             parts.dialects,
             model=policy.model,
             unhealthy_after=policy.gateway.unhealthy_after,
@@ -92,14 +92,21 @@ class Gateway:
         self._tasks = tasks
         self._helpers: set[asyncio.Task[None]] = set()
         self._lasting: list[asyncio.Task[None]] = []
-        connect_s = policy.gateway.connect_s
-        self.pools = {w.name: WorkerPool(w, self._spawn, connect_s=connect_s) for w in workers}
-        self.prober = Prober(
+        self.pools: dict[str, WorkerPool] = {}
+        self.prompts = Prompts(policy, parts.counter)
+        self._keeper = FleetKeeper(
+            policy,
             self.fleet,
             self.pools,
-            probe_s=policy.gateway.probe_s,
-            timeout_s=max(connect_s, policy.gateway.probe_s),
+            self._spawn,
+            ask=parts.rebalance,
+            watch=parts.watch,
+            joined=self.prompts.joined,
+            gone=self._worker_gone,
         )
+        self.members = self._keeper.members
+        self.prober = self._keeper.prober
+        self.rebalancer = self._keeper.rebalancer
         self.ledger = HandoffLedger(
             self.metrics, wait_s=policy.telemetry.report_wait_s, settle=self._settle
         )
@@ -108,7 +115,6 @@ class Gateway:
         self.explanations = Explanations()
         self.read_tokens: Counter[str] = Counter()  # prompt tokens read so far, by worker
         self.counting: set[WaitsForCount] = set()
-        self.prompts = Prompts(policy, parts.counter)
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
         self._changed = asyncio.Event()
@@ -125,8 +131,6 @@ class Gateway:
         self.fleet.on_freed = self.entrance.freed
         self._records = parts.records
         self._told_problems: set[str] = set()
-        engines = {w.engine for w in workers}
-        self._dialects = [d for name, d in parts.dialects.items() if name in engines]
         self._gauges()
 
     def _gauges(self) -> None:
@@ -137,8 +141,9 @@ class Gateway:
         gauge(
             "disagg_workers_healthy",
             "Workers that take requests.",
-            lambda: sum(s.healthy for s in self.fleet.states.values()),
+            lambda: sum(s.takes_work for s in self.fleet.states.values()),
         )
+        gauge("disagg_role_changes", "Roles changed.", lambda: self.rebalancer.changes)
 
     def start(self) -> None:
         """Begin to probe the workers and to watch deadlines."""
@@ -147,6 +152,13 @@ class Gateway:
             self._tasks.create_task(self.watch()),
             self._tasks.create_task(self._guarded(self.prompts.events.run())),
         ]
+        self._keeper.start()
+
+    def _worker_gone(self, name: str) -> None:
+        """A worker left the fleet: nothing is kept of it."""
+        self.metrics.forget("disagg_failures", 0, name)
+        self.prompts.left(name)
+        self.read_tokens.pop(name, None)
 
     def stop(self) -> None:
         """Cancel everything that runs by itself."""
@@ -175,7 +187,7 @@ class Gateway:
     def handle(self, request: Request, client: ClientConnection) -> None:
         """Answer one request; whatever goes wrong, the client hears of it."""
         path = request.path.partition(b"?")[0]
-        route = _ROUTES.get(path)
+        route = _ROUTES.get(path) or admin.route(path)
         if route is None:
             shown = path[:100].decode("ascii", "replace")
             self.refuse(client, 404, f"there is no {shown} here", code="not_found")
@@ -364,7 +376,7 @@ class Gateway:
     ) -> RequestProfile:
         slo = self.policy.scheduler.slo_classes.get(slo_class or "", NO_SLO)
         why = parsed.opaque
-        for dialect in self._dialects:
+        for dialect in self.fleet.dialects_here():
             why = why or dialect.unsplittable(parsed.body)
         return RequestProfile(
             request_id=name,
@@ -437,7 +449,8 @@ class Gateway:
 
     def worker_failed(self, worker: str, side: str, kind: str, detail: str) -> None:
         """Count a failed call and let the worker's health know."""
-        self.metrics.count("disagg_failures", (worker, side, kind))
+        label = worker if worker in self.fleet.states else "gone"  # no label outlives its worker
+        self.metrics.count("disagg_failures", (label, side, kind))
         log.warning("worker %s, %s: %s: %s", worker, side, kind, detail)
         self.fleet.failed(worker, kind, detail)
         self.entrance.freed(worker)
@@ -456,6 +469,7 @@ class Gateway:
         try:
             times.fill(record, self.metrics, now_s)
             exchange.surroundings.ended(record)
+            self.rebalancer.ended(now_s, record)
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))
@@ -501,9 +515,11 @@ class Gateway:
             await asyncio.sleep(tick_s)
             now_s = time.monotonic()
             self._enforce(now_s)
+            _safely(functools.partial(self.members.sweep, now_s))
+            _safely(functools.partial(self.rebalancer.tick, now_s))
             if now_s >= sweep_at_s:
                 sweep_at_s = now_s + POOL_SWEEP_S
-                for pool in self.pools.values():
+                for pool in list(self.pools.values()):
                     _safely(pool.sweep)
                 _safely(functools.partial(self.prompts.sweep, now_s))
             if self._records is not None and now_s >= flush_at_s:
@@ -538,6 +554,7 @@ class Gateway:
     async def drain(self) -> None:
         """Let open requests end, within ``drain_s``; then close everything."""
         self.draining = True
+        self._keeper.close()
         for task in self._lasting[:1]:
             task.cancel()  # no more probes
         await asyncio.sleep(0.01)  # connections may have been accepted that are not made yet

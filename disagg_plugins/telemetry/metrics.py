@@ -72,6 +72,12 @@ class Metrics(Collector):
         """Set a counter that is kept elsewhere to what it is there."""
         self._counts[name][labels] = value
 
+    def forget(self, name: str, position: int, label: str) -> None:
+        """Drop the series of a counter that have ``label`` at ``position``."""
+        counts = self._counts[name]
+        for labels in [labels for labels in counts if labels[position] == label]:
+            del counts[labels]
+
     def value(self, name: str, labels: tuple[str, ...] | None = None) -> float:
         """Return a counter; without labels the sum over all of them."""
         counts = self._counts[name]

@@ -108,6 +108,10 @@ class FakeEngine:
         lease_s: With it, a prefill keeps its KV so long, and a decode takes it from there.
         pacer: With it, tokens take time, whatever ``behaviour`` says of waiting.
         stream_interval: With a pacer, tokens of one piece of a stream after its first.
+
+    Attributes:
+        switch_status: How it answers when it is told its role; None: not at all.
+        switches: The roles that it took.
     """
 
     def __init__(
@@ -132,6 +136,8 @@ class FakeEngine:
         self.stream_interval = stream_interval
         self.seen = Seen()
         self.healthy = True
+        self.switch_status: int | None = 200
+        self.switches: list[str] = []
         self.connections: set[_Connection] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -304,6 +310,8 @@ class _Connection(asyncio.Protocol):
         elif self._url == b"/v1/models":
             card = {"id": engine.model, "object": "model", "owned_by": "fake"}
             self._json(200, {"object": "list", "data": [card]})
+        elif self._url == b"/pd_role_switch":
+            self._switch(msgspec.json.decode(self._body))
         elif self._url == b"/seen":
             seen = engine.seen
             self._json(
@@ -330,6 +338,16 @@ class _Connection(asyncio.Protocol):
             self._json(404, {"error": {"message": "a fake engine has no such path"}})
         else:
             self._completion(msgspec.json.decode(self._body))
+
+    def _switch(self, body: Json) -> None:
+        """Take a role as SGLang does; ``switch_status`` None: say nothing."""
+        engine = self._engine
+        if engine.switch_status is None:
+            return
+        if engine.switch_status == 200:
+            engine.switches.append(str(body.get("new_role")))
+        said = {"success": engine.switch_status == 200, "message": "as it was told to answer"}
+        self._json(engine.switch_status, said)
 
     def _json(self, status: int, value: object, *, framed: bool = True) -> None:
         body = msgspec.json.encode(value)
