@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from disagg_plugins import hookimpl
+from disagg_plugins.gateway.fleet import Work
 from disagg_plugins.testing.fake_engine import Behaviour
 from tests.gateway.harness import LONG, SHORT, Stack, VllmPlugin, eventually
 from tests.gateway.test_faults import free_port, kill, worker_process
@@ -92,9 +93,10 @@ def test_no_more_prompts_than_slots_are_read_at_once(build: Build) -> None:
     most, prefills = [0], stack.gateway.fleet.states["p0"]
     begin = stack.gateway.fleet.begin
 
-    def counting(name: str, work: object) -> None:
-        begin(name, work)  # type: ignore[arg-type]
+    def counting(name: str, work: Work) -> Work:
+        given = begin(name, work)
         most[0] = max(most[0], prefills.prefills)
+        return given
 
     stack.gateway.fleet.begin = counting  # type: ignore[method-assign]
     statuses: list[int] = []
