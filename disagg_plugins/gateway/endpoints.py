@@ -132,6 +132,7 @@ def status_of(gateway: Gateway) -> dict[str, object]:
         "in_flight": len(gateway.active),
         "client_connections": len(gateway.connections),
         "handoffs_open": len(gateway.ledger),
+        "tasks": len(gateway.running()),
         "roles": gateway.fleet.ready(),
         "workers": workers,
         "split_problems": gateway.fleet.problems(),

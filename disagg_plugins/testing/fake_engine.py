@@ -4,11 +4,13 @@ Its tokens depend on the prompt only, so a split answer can be compared with a l
 in a thread of its own (``with FakeEngine() as engine``) or as a process::
 
     python -m disagg_plugins.testing.fake_engine --port 8101 --tokens 16
+
+With ``--profile`` it takes the time that a measured engine takes (``pace.py``); with ``--workers``
+one process holds many of them, on ports that follow ``--port-base``.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import socket
 import threading
@@ -21,12 +23,17 @@ from typing import TYPE_CHECKING, Literal, cast
 import httptools
 import msgspec
 
+from disagg_plugins.errors import LocalProtocolError
 from disagg_plugins.handoff.tickets import verify
+from disagg_plugins.testing.course import Course
+from disagg_plugins.testing.leases import Leases
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from types import TracebackType
 
     from disagg_plugins.telemetry.reports import Reporter
+    from disagg_plugins.testing.pacer import Pacer
 
 Json = dict[str, object]
 
@@ -83,6 +90,8 @@ class Seen:
     locals: int = 0
     completed: int = 0
     aborted: int = 0
+    claimed: int = 0
+    not_claimed: int = 0
     bodies: deque[Json] = field(default_factory=lambda: deque(maxlen=64))
     headers: deque[dict[str, str]] = field(default_factory=lambda: deque(maxlen=64))
 
@@ -96,6 +105,9 @@ class FakeEngine:
         behaviour: How it answers; may be replaced while it runs.
         secret: With it, tickets are checked and reports name their handoff.
         reporter: Takes ``published``, ``loaded`` and ``ended`` reports.
+        lease_s: With it, a prefill keeps its KV so long, and a decode takes it from there.
+        pacer: With it, tokens take time, whatever ``behaviour`` says of waiting.
+        stream_interval: With a pacer, tokens of one piece of a stream after its first.
     """
 
     def __init__(
@@ -106,18 +118,25 @@ class FakeEngine:
         behaviour: Behaviour | None = None,
         secret: bytes | None = None,
         reporter: Reporter | None = None,
+        lease_s: float | None = None,
+        pacer: Pacer | None = None,
+        stream_interval: int = 1,
     ) -> None:
         self.model = model
         self.port = port
         self.behaviour = behaviour or Behaviour()
         self.secret = secret
         self.reporter = reporter
+        self.leases = Leases(lease_s) if lease_s is not None else None
+        self.pacer = pacer
+        self.stream_interval = stream_interval
         self.seen = Seen()
         self.healthy = True
         self.connections: set[_Connection] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
+        self._tasks: asyncio.TaskGroup | None = None
 
     @property
     def url(self) -> str:
@@ -164,9 +183,14 @@ class FakeEngine:
         if ready is not None:
             ready.set()
         try:
-            await self._stop.wait()
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._stop.wait()
         finally:
             server.close()
+            if self.pacer is not None:
+                self.pacer.stop()
+            if self.leases is not None:
+                self.leases.clear()
             await self._close_all()
 
     async def _close_all(self) -> None:
@@ -183,6 +207,22 @@ class FakeEngine:
                 connection.transport.abort()
             quiet = 0 if self.connections or len(asyncio.all_tasks()) > 1 else quiet + 1
             await asyncio.sleep(0.005)
+
+    def spawn(self, work: Coroutine[object, object, None]) -> None:
+        """Run something beside the connections; it ends before the engine does."""
+        if self._tasks is None:
+            raise LocalProtocolError("an engine that does not serve runs nothing")
+        self._tasks.create_task(work)
+
+    def open_things(self) -> dict[str, float]:
+        """Return what is there now and should be gone when nobody asks anything."""
+        return {
+            "leases": len(self.leases) if self.leases is not None else 0,
+            "connections": len(self.connections),
+            "answering": sum(c.answering for c in self.connections),
+            "jobs": len(self.pacer) if self.pacer is not None else 0,
+            "late_s": self.pacer.late_s if self.pacer is not None else 0.0,
+        }
 
     def take_behaviour(self) -> Behaviour:
         """Return the behaviour for one request."""
@@ -223,8 +263,9 @@ class _Connection(asyncio.Protocol):
         self._url = b""
         self._headers: dict[str, str] = {}
         self._body = b""
-        self._answering = False
+        self.answering = False
         self._timer: asyncio.TimerHandle | None = None
+        self._answer: _Answer | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -234,9 +275,12 @@ class _Connection(asyncio.Protocol):
         self._engine.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
-        if self._answering:
+        if self.answering:
             self._engine.seen.aborted += 1
-            self._answering = False
+            self.answering = False
+        if self._answer is not None:
+            self._answer.course.stop()
+            self._answer = None
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
@@ -271,8 +315,19 @@ class _Connection(asyncio.Protocol):
                     "locals": seen.locals,
                     "completed": seen.completed,
                     "aborted": seen.aborted,
+                    "claimed": seen.claimed,
+                    "not_claimed": seen.not_claimed,
+                    **engine.open_things(),
                 },
             )
+        elif self._url == b"/behave":
+            engine.behaviour = msgspec.json.decode(self._body, type=Behaviour)
+            self._json(200, {})
+        elif self._url.startswith(b"/kv/"):
+            seed = engine.leases.take(self._url[4:].decode()) if engine.leases else None
+            self._json(404 if seed is None else 200, seed)
+        elif not self._url.partition(b"?")[0].endswith(b"completions"):
+            self._json(404, {"error": {"message": "a fake engine has no such path"}})
         else:
             self._completion(msgspec.json.decode(self._body))
 
@@ -291,8 +346,9 @@ class _Connection(asyncio.Protocol):
         seen.bodies.append(body)
         seen.headers.append(self._headers)
         answer = _Answer(self, self._engine, body, self._url.endswith(b"chat/completions"))
-        self._answering = True
-        self.later(answer.behaviour.first_s, answer.begin)
+        self.answering = True
+        self._answer = answer
+        self.later(answer.behaviour.first_s, answer.course.start)
 
     def later(self, wait_s: float, do: object) -> None:
         call = cast("_Callback", do)
@@ -302,11 +358,11 @@ class _Connection(asyncio.Protocol):
             call()
 
     def done(self) -> None:
-        self._answering = False
+        self.answering = False
         self._engine.seen.completed += 1
 
     def error(self, status: int, message: str) -> None:
-        self._answering = False
+        self.answering = False
         self._json(status, {"error": {"message": message, "type": "fake", "code": status}})
 
     def whole(self, value: object, *, framed: bool) -> None:
@@ -335,13 +391,21 @@ class _Answer:
         self._params: Json = params if isinstance(params, dict) else {}
         disagg = self._params.get("disagg")
         self._disagg: Json = disagg if isinstance(disagg, dict) else {}
+        self.course = Course(
+            engine,
+            self,
+            self._params,
+            prompt=prompt,
+            prompt_tokens=self._prompt_tokens,
+            tokens=self._tokens,
+            stream=bool(body.get("stream")),
+        )
 
     def begin(self) -> None:
         engine, how = self._engine, self.behaviour
-        prefill = self._disagg.get("step") == "prefill" or bool(
-            self._params.get("do_remote_decode")
-        )
-        decode = self._disagg.get("step") == "decode" or bool(self._params.get("do_remote_prefill"))
+        prefill, decode = self.course.prefill, self.course.decode
+        if self.course.kv is not None:
+            self._seed = self.course.kv  # the KV of another prompt would answer that one
         engine.seen.prefills += prefill
         engine.seen.decodes += decode
         engine.seen.locals += not prefill and not decode
@@ -390,6 +454,10 @@ class _Answer:
             return
         self._chunk()
 
+    def go_on(self) -> None:
+        """More tokens are there."""
+        self._chunk()
+
     def _chunk(self) -> None:
         how = self.behaviour
         while True:
@@ -401,9 +469,15 @@ class _Answer:
             if self._sent >= self._tokens:
                 self._end()
                 return
-            last = self._sent == self._tokens - 1
-            self._write(self._event(self._token(self._sent), "length" if last else None))
-            self._sent += 1
+            ready = self.course.ready
+            if self._sent >= ready:
+                return
+            pieces, upto = [], ready if self._engine.pacer is not None else self._sent + 1
+            for at in range(self._sent, upto):
+                last = at == self._tokens - 1
+                pieces.append(self._event(self._token(at), "length" if last else None))
+            self._write(b"".join(pieces))
+            self._sent = upto
             if self._chunk_s > 0:
                 self._to.later(self._chunk_s, self._chunk)
                 return
@@ -465,11 +539,13 @@ class _Answer:
     def _prefill_params(self) -> Json | None:
         if self.behaviour.no_params:
             return None
+        kept = self.course.publish(self._seed)
         if not self._disagg:
             nixl: Json = {"do_remote_prefill": True, "do_remote_decode": False}
-            where = {"remote_host": "127.0.0.1", "remote_port": 1}
+            where = {"remote_host": "127.0.0.1", "remote_port": 1, **kept}
             return {**nixl, **where, "remote_engine_id": "e", "remote_block_ids": [1]}
-        endpoint = {"tp_rank": 0, "tp_size": 1, "host_id": "h", "addresses": {"shm": "a"}}
+        here = {"tp_rank": 0, "tp_size": 1, "host_id": "h", "addresses": {"shm": "a"}}
+        endpoint = {**here, **kept}
         record = {"version": 1, "num_tokens": self._prompt_tokens, "endpoints": [endpoint]}
         return {"disagg": record, "remote_prefill_cached_tokens": 0}
 
@@ -480,22 +556,7 @@ class _Callback:
     def __call__(self) -> None: ...
 
 
-def main() -> None:
-    """Run one fake engine as a process until it is ended."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--model", default="fake-model")
-    parser.add_argument("--tokens", type=int, default=None)
-    parser.add_argument("--chunk-s", type=float, default=0.0)
-    parser.add_argument("--first-s", type=float, default=0.0)
-    given = parser.parse_args()
-    behaviour = Behaviour(tokens=given.tokens, chunk_s=given.chunk_s, first_s=given.first_s)
-    engine = FakeEngine(model=given.model, port=given.port, behaviour=behaviour)
-
-    import uvloop
-
-    uvloop.run(engine.serve())
-
-
 if __name__ == "__main__":
+    from disagg_plugins.testing.fake_process import main
+
     main()

@@ -373,6 +373,35 @@ class Testbed:
                     return worker
         raise TestbedError(f"no server {name!r} is running")
 
+    def restart(self, name: str) -> None:
+        """Start a server again that ended or was killed, and wait until it is healthy.
+
+        Raises:
+            DisaggError: It did not start; the text holds the end of its log.
+        """
+        old = self.running(name)
+        if old.guard.stdin is not None:
+            old.guard.stdin.close()
+        old.guard.wait(GATEWAY_START_S)
+        policy = load_policy(self._start_path)
+        only = policy.fleet.model_copy(update={"workers": [old.policy]})
+        one = LocalFleet(
+            policy.model_copy(update={"fleet": only}),
+            self.policy_path,
+            {launcher.engine: launcher for launcher in LAUNCHERS},
+            run_dir=self.folder / "logs",
+            say=self.say,
+        )
+        try:
+            one.start()
+        except BaseException:
+            one.stop()
+            raise
+        if self._fleet is None:
+            one.stop()
+            raise TestbedError(f"the fleet of {name!r} was stopped meanwhile")
+        self._fleet.workers[self._fleet.workers.index(old)] = one.workers[0]
+
     def processes(self, name: str) -> list[psutil.Process]:
         """Return every process of a server, the one that computes included."""
         return psutil.Process(self.running(name).guard.pid).children(recursive=True)
