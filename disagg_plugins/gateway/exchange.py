@@ -18,17 +18,21 @@ import msgspec
 
 from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
+from disagg_plugins.gateway.dialect import ResumingDialect
 from disagg_plugins.gateway.fleet import Work, expected_output
+from disagg_plugins.gateway.openai import CHAT
 from disagg_plugins.gateway.refusals import RequestError, error_body
 from disagg_plugins.gateway.sse import (
     OUTPUT,
     OUTPUT_SPACED,
     SseObserver,
+    StreamEnd,
     carries_output,
     failed_at_once,
     read_answer,
 )
 from disagg_plugins.gateway.timeline import Timeline
+from disagg_plugins.gateway.trail import MAX_PROMPT_TOKENS, Resumed, Trail, closing
 from disagg_plugins.gateway.upstream import Call
 from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded, header_value, post
 from disagg_plugins.telemetry.records import FailureRecord, RequestRecord
@@ -36,7 +40,7 @@ from disagg_plugins.types import Decision, Disaggregated, Worker
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.client_connection import ClientConnection
-    from disagg_plugins.gateway.dialect import HandoffRef, Published
+    from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef, Published
     from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.gateway.wire import Header
@@ -99,7 +103,11 @@ class Exchange:
         self._route = route
         self._decode = route.decode
         self._ref: HandoffRef | None = None
-        self._flow = f.Flow()
+        policy = gateway.policy.gateway
+        self._flow = f.Flow(policy.resumes if policy.resume and parsed.stream else 0)
+        self._trail: Trail | None = None
+        self._resumed: Resumed | None = None
+        self._why_not: str | None = None  # why nothing is kept to go on from
         self._times = Timeline(arrival_s)
         self._calls: dict[str, Call] = {}
         self._work_on: dict[str, tuple[str, Work]] = {}
@@ -263,6 +271,9 @@ class Exchange:
             kind = header_value(headers, b"content-type") or b""
             if status == 200 and kind.startswith(b"text/event-stream"):
                 self._sse = SseObserver()
+            elif status == 200 and self._flow.state is f.State.RESUME:
+                call.cancel()
+                self._do(self._flow.on(f.DecodeFailed("garbage", "its answer is no stream")))
 
     @_contained
     def call_data(self, call: Call, data: bytes) -> None:
@@ -285,6 +296,11 @@ class Exchange:
         if self._sse is None or carries_output(data):
             self._times.stamp(now_s)
         if self._flow.state is f.State.STREAM:
+            if self._broke_inside(call, data):
+                return
+            data = self._outgoing(data)
+            if self._went_astray(call) or not data:
+                return
             if call.last:
                 self._last = data
             else:
@@ -298,7 +314,7 @@ class Exchange:
 
     def _chunk_taker(self, send: Callable[[bytes], None]) -> Callable[[bytes], None]:
         """Return what forwards one chunk of whole events as it came: the hot path of streams."""
-        sse, stamp = self._sse, self._times.stamp
+        sse, stamp, trail = self._sse, self._times.stamp, self._trail
         if sse is None:
             raise LocalProtocolError("only streams have a fast path")
         keep = sse.keep
@@ -312,7 +328,43 @@ class Exchange:
                 stamp(monotonic())
             keep(data)
 
-        return take
+        if trail is None:
+            return take
+        strip = trail.take
+
+        def take_ids(data: bytes) -> None:
+            if sse.part or b'"token_ids":[' not in data:
+                self.call_data(self._calls["decode"], data[data.find(b"\r\n") + 2 : -2])
+                return
+            data = strip(data[data.find(b"\r\n") + 2 : -2])
+            send(b"%x\r\n%b\r\n" % (len(data), data))
+            stamp(monotonic())
+            keep(data)
+
+        return take_ids
+
+    def _outgoing(self, data: bytes) -> bytes:
+        """Return whole events as the client gets them."""
+        if self._resumed is not None:
+            return self._resumed.take(data)
+        return data if self._trail is None else self._trail.take(data)
+
+    def _broke_inside(self, call: Call, data: bytes) -> bool:
+        """Whether the worker tells in its stream that it failed, and the stream may go on."""
+        if self._trail is None or (problem := failed_at_once(data)) is None:
+            return False
+        call.cancel()
+        self._do(self._flow.on(f.DecodeFailed("error_event", problem)))
+        return True
+
+    def _went_astray(self, call: Call) -> bool:
+        """Whether the next worker contradicts what the client has."""
+        if self._resumed is None or self._resumed.problem is None:
+            return False
+        call.cancel()
+        self.record.not_resumed = self._resumed.problem
+        self._do(self._flow.on(f.NotResumable(self._resumed.problem)))
+        return True
 
     def _keep(self, call: Call, data: bytes, bound_bytes: int) -> None:
         side = call.side
@@ -429,8 +481,9 @@ class Exchange:
         if self._ref is None:
             return
         dialect = self._gateway.fleet.dialects[self._decode.engine]
-        body = encode(dialect.decode_body(self._parsed.body, self._ref, published))
-        self._send("decode", self._decode, body, self._decode_work(0))
+        body = dialect.decode_body(self._parsed.body, self._ref, published)
+        body = self._with_trail(dialect, body)
+        self._send("decode", self._decode, encode(body), self._decode_work(0))
 
     def _decode_work(self, prompt_tokens: int) -> Work:
         """Return what this request asks of a decode worker that reads ``prompt_tokens`` itself."""
@@ -449,8 +502,91 @@ class Exchange:
         parsed = self._parsed
         dialect = self._gateway.fleet.dialects.get(self._decode.engine)
         body = parsed.body if dialect is None else dialect.local_body(parsed.body)
+        body = self._with_trail(dialect, body)
         raw = parsed.raw if body is parsed.body else encode(body)
         self._send("decode", self._decode, raw, self._decode_work(parsed.prompt_tokens))
+
+    def _with_trail(self, dialect: Dialect | None, body: Body) -> Body:
+        """Return the body of a decode call that can go on elsewhere, if this request can."""
+        parsed, policy = self._parsed, self._gateway.policy.gateway
+        self._trail = None
+        if not parsed.stream or not policy.resume or not policy.resumes:
+            return body
+        if not isinstance(dialect, ResumingDialect):
+            self._why_not = f"{self._decode.engine} workers cannot go on with an answer"
+        elif parsed.opaque is not None:
+            self._why_not = parsed.opaque
+        elif parsed.prompt_tokens > MAX_PROMPT_TOKENS:
+            self._why_not = f"a prompt of more than {MAX_PROMPT_TOKENS} tokens"
+        else:
+            self._why_not = dialect.unresumable(parsed.body, chat=parsed.endpoint == CHAT)
+            if self._why_not is None:
+                self._trail = Trail()
+                return dialect.resumable_body(body)
+        return body
+
+    def _resume(self, _: f.Command) -> None:
+        if self._last:
+            self._client.write(self._last)
+            self._last = b""
+        event = self._resume_or_why_not()
+        if event is not None:
+            if isinstance(event, f.NotResumable):
+                self.record.not_resumed = event.why
+            self._do(self._flow.on(event))
+
+    def _resume_or_why_not(self) -> f.Event | None:
+        """Call another worker, or return what keeps the answer from going on."""
+        trail, parsed = self._trail, self._parsed
+        if trail is None:
+            return f.NotResumable(self._why_not or "its events were not looked at")
+        said = self._sse.end() if self._sse is not None else StreamEnd()
+        if said.finish is not None:
+            options = parsed.body.get("stream_options")
+            usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            usage = usage and said.output_tokens is None
+            self._last = closing(trail, usage=usage, chat=parsed.endpoint == CHAT)
+            return f.AllSaid()
+        if (why := trail.problem()) is not None:
+            return f.NotResumable(why)
+        request_id = self.record.request_id
+        other = self._gateway.another_decode(request_id, parsed, self._decode)
+        if other is None or not other.whole or other.engine != self._decode.engine:
+            return f.NotResumable("there is no other worker that can go on")
+        dialect = self._gateway.fleet.dialects.get(other.engine)
+        if not isinstance(dialect, ResumingDialect):
+            return f.NotResumable(f"{other.engine} workers cannot go on with an answer")
+        if self._resumed is not None and self._resumed.owes:
+            return f.NotResumable("the worker that went on failed before it had caught up")
+        owed = trail.cut()
+        ids = trail.ids.tolist()
+        chat = parsed.endpoint == CHAT
+        try:
+            body = dialect.resume_body(parsed.body, trail.prompt, ids, chat=chat)
+        except LocalProtocolError as exc:
+            return f.NotResumable(str(exc))
+        self._resumed = Resumed(trail, owed)
+        self._decode = other
+        self.record.decode = other.name
+        tokens = len(trail.prompt) + len(ids)
+        self._send("decode", other, encode(body), self._decode_work(tokens))
+        return None
+
+    def _continue_answer(self, _: f.Command) -> None:
+        on = self._work_on.get("decode")
+        if on is not None:
+            self._work_on["decode"] = (on[0], self._gateway.fleet.prompt_read(*on))
+        call, data = self._calls["decode"], self._outgoing(self._first)
+        self._first = b""
+        if self._went_astray(call):
+            return
+        if call.last:
+            self._last = data
+        elif data:
+            self._client.write(data)
+        self._touch(time.monotonic())
+        if self._slow:
+            call.pause()
 
     def _send(self, side: str, worker: Worker, body: bytes, work: Work) -> None:
         gateway = self._gateway
@@ -486,6 +622,8 @@ class Exchange:
             self._work_on["decode"] = (on[0], self._gateway.fleet.prompt_read(*on))
         self.record.status = 200
         lines = self._lines(self._headers["decode"])
+        if not self._whole and self._sse is not None:
+            self._first = self._outgoing(self._first)
         if self._whole:
             self._client.answer(200, self._first, lines)
         else:
@@ -565,6 +703,7 @@ class Exchange:
         record, flow = self.record, self._flow
         record.outcome = outcome
         record.retries = flow.retries
+        record.resumes = flow.resumes
         self.prefill_deadline_s = self.decode_deadline_s = FOREVER
         try:
             if self._sse is not None:
@@ -572,6 +711,9 @@ class Exchange:
                 record.finish = said.finish
                 record.prompt_tokens = said.prompt_tokens
                 record.output_tokens = said.output_tokens
+            if self._trail is not None and self._resumed is not None:
+                record.prompt_tokens = len(self._trail.prompt)
+                record.output_tokens = len(self._trail.ids)
         finally:
             self._gateway.finished(self, self._times, self._ref)
             self._bodies.clear()
@@ -582,6 +724,8 @@ _EXECUTE = {
     f.SendPrefill: Exchange._send_prefill,
     f.SendDecode: Exchange._send_decode,
     f.SendLocal: Exchange._send_local,
+    f.Resume: Exchange._resume,
+    f.ContinueAnswer: Exchange._continue_answer,
     f.StartAnswer: Exchange._start_answer,
     f.CompleteAnswer: Exchange._complete_answer,
     f.BreakAnswer: Exchange._break_answer,

@@ -345,6 +345,8 @@ class Gateway:
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))
+            if record.resumes:
+                count("disagg_resumed", (), record.resumes)
             if record.retries:
                 count("disagg_retries", (), record.retries)
         finally:

@@ -1,6 +1,7 @@
 """A fast pretend engine: speaks vLLM's HTTP, computes nothing, misbehaves on demand.
 
-Its tokens depend on the prompt only, so a split answer can be compared with a local one. It runs
+Its tokens depend on the prompt only, so a split answer can be compared with a local one. Asked for
+token ids it tells them, and it goes on with an answer whose ids follow those of its prompt. It runs
 in a thread of its own (``with FakeEngine() as engine``) or as a process::
 
     python -m disagg_plugins.testing.fake_engine --port 8101 --tokens 16
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from disagg_plugins.testing.pacer import Pacer
 
 Json = dict[str, object]
+
+PROMPT_MARK = 700_001
+"""Ids of a prompt as it tells them: ``PROMPT_MARK`` + their number, the seed, zeros."""
 
 MAX_TOKENS_SERVED = 100_000
 START_TIMEOUT_S = 10.0
@@ -385,6 +389,8 @@ class _Answer:
         bound = self.behaviour.tokens or body.get("max_completion_tokens") or body.get("max_tokens")
         self._tokens = min(bound if isinstance(bound, int) else 8, MAX_TOKENS_SERVED)
         self._sent = 0
+        self._before = 0  # tokens of the answer that came with the prompt
+        self._go_on()
         pace = body.get("fake_chunk_s")
         self._chunk_s = pace if isinstance(pace, float) else self.behaviour.chunk_s
         params = body.get("kv_transfer_params")
@@ -400,6 +406,19 @@ class _Answer:
             tokens=self._tokens,
             stream=bool(body.get("stream")),
         )
+
+    def _go_on(self) -> None:
+        """Read a prompt that holds the ids of another one and of its answer so far."""
+        params = self._body.get("kv_transfer_params")
+        ids = params.get("prompt_token_ids") if isinstance(params, dict) else None
+        if not self._chat:
+            ids = self._body.get("prompt")
+        if isinstance(ids, list) and len(ids) > 1 and type(ids[0]) is int and ids[0] > PROMPT_MARK:
+            self._seed = ids[1]
+            self._before = len(ids) - (ids[0] - PROMPT_MARK)
+            self._prompt_tokens = len(ids)
+            if self.behaviour.tokens:
+                self._tokens = self.behaviour.tokens - self._before
 
     def begin(self) -> None:
         engine, how = self._engine, self.behaviour
@@ -475,7 +494,7 @@ class _Answer:
             pieces, upto = [], ready if self._engine.pacer is not None else self._sent + 1
             for at in range(self._sent, upto):
                 last = at == self._tokens - 1
-                pieces.append(self._event(self._token(at), "length" if last else None))
+                pieces.append(self._event(at, "length" if last else None))
             self._write(b"".join(pieces))
             self._sent = upto
             if self._chunk_s > 0:
@@ -505,11 +524,20 @@ class _Answer:
         self._to.transport.write(data)
 
     def _token(self, index: int) -> str:
-        return f"t{(self._seed + index * 7919) % 49_152} "
+        return f"t{self._id(index)} "
 
-    def _event(self, text: str, finish: str | None) -> bytes:
+    def _id(self, index: int) -> int:
+        return int((self._seed + (self._before + index) * 7919) % 49_152)
+
+    def _event(self, index: int, finish: str | None) -> bytes:
+        text = self._token(index)
         key, value = ("delta", {"content": text}) if self._chat else ("text", text)
-        choice = {"index": 0, key: value, "finish_reason": finish}
+        choice: Json = {"index": 0, key: value, "finish_reason": finish}
+        if self._body.get("return_token_ids"):
+            choice["token_ids"] = [self._id(index)]
+            if index == 0:
+                size = self._prompt_tokens
+                choice["prompt_token_ids"] = [PROMPT_MARK + size, self._seed, *[0] * (size - 2)]
         event = {"id": "x", "object": "chunk", "model": self._engine.model, "choices": [choice]}
         return b"data: %b\n\n" % msgspec.json.encode(event)
 
