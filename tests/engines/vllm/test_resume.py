@@ -67,7 +67,7 @@ def stream(bed: Testbed, *, chat: bool, kill_after: int | None) -> str:
 def busy(bed: Testbed) -> list[str]:
     """Return the workers that answer now, as the gateway's status says."""
     workers = status(bed)["workers"]
-    return [name for name, said in workers.items() if said["requests"]]
+    return [str(said["name"]) for said in workers if said["requests"]]
 
 
 @pytest.mark.parametrize("chat", [False, True])
