@@ -250,9 +250,16 @@ def disagg_nominate_workers(
 
 @hookspec
 def disagg_filter_workers(
-    profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
+    profile: RequestProfile,
+    role: Role,
+    workers: Sequence[Worker],
+    fleet: FleetView,
+    other: Worker | None,
 ) -> Sequence[Worker] | None:
     """Leave out workers that must not do this part of the request.
+
+    ``other`` is the worker of the other part, where it is chosen already: decode is chosen first,
+    then prefill.
 
     Called in: the gateway and the simulator.
     How often: once a request for the role decode; once more for prefill when it is split.
@@ -272,9 +279,15 @@ def disagg_filter_workers(
 
 @hookspec
 def disagg_score_workers(
-    profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
+    profile: RequestProfile,
+    role: Role,
+    workers: Sequence[Worker],
+    fleet: FleetView,
+    other: Worker | None,
 ) -> Mapping[str, float] | None:
     """Say how well each worker suits this part of the request, from 0 (badly) to 1 (best).
+
+    ``other`` is as in ``disagg_filter_workers``.
 
     Called in: the gateway and the simulator.
     How often: as ``disagg_filter_workers``, after it.
@@ -362,7 +375,7 @@ def disagg_on_request_end(record: Mapping[str, object]) -> None:
     Called in: the gateway and the simulator.
     How often: once a request, after its last byte or its failure.
     Answers: ignored. ``record`` is the per-request record (route, reason, TTFT, bytes, ...),
-    read-only.
+    read-only; a value is made when it is asked for, so ask for what you need.
 
     Example::
 

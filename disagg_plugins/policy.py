@@ -41,6 +41,19 @@ def _http_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _publisher(address: str) -> str:
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(address)
+    if parts.scheme == "ipc" and len(parts.path) > 1 and not parts.netloc:
+        return address
+    if parts.scheme != "tcp" or not parts.hostname or parts.port is None or "*" in address:
+        raise ValueError(f"{address!r} is not of the form tcp://host:port or ipc:///path")
+    if parts.path or parts.query or parts.username is not None:
+        raise ValueError(f"{address!r} has more than tcp://host:port")
+    return address
+
+
 BYTE_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 BYTE_TEXT = r"^[0-9]+ *([KMGT]iB)?$"
 
@@ -119,6 +132,11 @@ class WorkerPolicy(Section):
     role: Role
     capacity: int = Field(default=64, ge=1, le=65_536, description="Requests given to it at once.")
     labels: dict[str, str] = Field(default_factory=dict)
+    kv_events: Annotated[str, AfterValidator(_publisher)] | None = Field(
+        default=None,
+        description="Where its engine publishes KV events (--kv-events-config): tcp://host:port, "
+        "or ipc:///path on this host.",
+    )
     launch: Launch | None = None
 
     def worker(self) -> Worker:
@@ -167,6 +185,28 @@ class SplitPolicy(Section):
     )
 
 
+class SloClass(Section):
+    """What requests of one class are promised."""
+
+    ttft_s: Seconds | None = Field(default=None, description="Bound on TTFT; None: none.")
+    tpot_s: Seconds | None = Field(default=None, description="Bound on TPOT; None: none.")
+    priority: int = Field(default=0, ge=-1000, le=1000, description="Higher is more urgent.")
+
+
+class PrefixPolicy(Section):
+    """What is believed of a worker's prefix cache where its engine does not publish KV events."""
+
+    ttl_s: Seconds = Field(
+        default=300.0, description="A prompt is believed cached for this long after it was routed."
+    )
+    tokens: int = Field(
+        default=262_144,
+        ge=64,
+        le=1 << 30,
+        description="Tokens believed cached on one worker; less where its KV room is known.",
+    )
+
+
 DEFAULT_WEIGHTS = {
     "least-loaded": 1.0,
     "prefix-affinity": 0.0,
@@ -199,8 +239,33 @@ class SchedulerPolicy(Section):
         description="Which of the scored workers is taken: the best, the better of two at random, "
         "or one at random by its score.",
     )
+    slo_classes: dict[Name, SloClass] = Field(
+        default_factory=dict,
+        max_length=64,
+        description="Class name -> its bounds; a request names its class in x-disagg-slo-class.",
+    )
+    default_slo_class: Name | None = Field(
+        default=None, description="Class of requests that name none; None: they have no SLO."
+    )
+    profile: Path | None = Field(
+        default=None,
+        description="How fast the workers are, from `disagg profile`; relative to the policy file.",
+    )
     chars_per_token: float = Field(
         default=4.0, gt=0.1, le=100, description="Estimate of prompt length for text prompts."
+    )
+    tokenizer: Path | None = Field(
+        default=None,
+        description="The model's folder or tokenizer.json, to count prompts instead of estimating "
+        "them; relative to the policy file. Needs the extra disagg-plugins[tokenizer].",
+    )
+    tokenizer_s: Seconds = Field(
+        default=1.0, description="Counting one prompt; then its length is estimated."
+    )
+    prefix: PrefixPolicy = PrefixPolicy()
+    labels: dict[str, dict[str, str]] = Field(
+        default_factory=dict,
+        description="Tenant, or * for all others -> labels that its workers must have.",
     )
 
 

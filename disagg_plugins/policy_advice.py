@@ -37,6 +37,13 @@ def contradictions(policy: Policy) -> Iterator[tuple[KeyPath, str]]:
     twice = sorted({t for t in policy.handoff.transports if policy.handoff.transports.count(t) > 1})
     if twice:
         yield ("handoff", "transports"), f"named twice: {', '.join(twice)}"
+    rules = policy.scheduler
+    if rules.default_slo_class is not None and rules.default_slo_class not in rules.slo_classes:
+        known = ", ".join(rules.slo_classes) or "none"
+        yield (
+            ("scheduler", "default_slo_class"),
+            f"{rules.default_slo_class} is none of scheduler.slo_classes ({known})",
+        )
     if policy.handoff.connect_s > policy.handoff.load_s:
         yield (
             ("handoff", "load_s"),
@@ -62,6 +69,12 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
         yield "no worker has the role prefill or both: no request will be split"
     else:
         yield "the only worker that could read prompts also writes the answers: nothing is split"
+    rules = policy.scheduler
+    if rules.split.rule == "slo" and not rules.slo_classes:
+        yield (
+            "scheduler.split.rule is slo, but there are no scheduler.slo_classes: the smaller "
+            "predicted time decides"
+        )
     if policy.handoff.ticket_s < policy.gateway.prefill_s:
         yield (
             f"handoff.ticket_s ({policy.handoff.ticket_s:g}) is shorter than gateway.prefill_s "
@@ -101,13 +114,12 @@ def _sentences(policy: Policy) -> Iterator[str]:
         yield _worker_sentence(worker)
     least = policy.scheduler.split.min_prompt_tokens
     if can_split(policy):
-        yield (
-            f"A request is split when its prompt has at least {least} tokens and a prefill worker "
-            "is healthy and has room; else one worker does all of it."
-        )
+        yield _RULES[policy.scheduler.split.rule].format(least=least)
     else:
         yield "No request is split: there are no two workers for the two phases."
+    yield from _slo_sentences(policy)
     yield "Among workers the least loaded is chosen; equals take turns."
+    yield from _prompt_sentences(policy)
     for plugin, weight in sorted(policy.scheduler.weights.items()):
         yield f"Scores of plugin {plugin} weigh {weight:g} (others 1)."
     yield (
@@ -134,6 +146,60 @@ def _sentences(policy: Policy) -> Iterator[str]:
         yield f"Not loaded: {', '.join(plugins.disabled)}."
     if policy.telemetry.records is not None:
         yield f"A record of each request is written to {policy.telemetry.records}."
+
+
+_RULES = {
+    "threshold": (
+        "A request is split when its prompt has at least {least} tokens and a prefill worker "
+        "is healthy and has room; else one worker does all of it."
+    ),
+    "always": "Every request that can be split is split.",
+    "never": "No request is split: scheduler.split.rule is never.",
+    "load": (
+        "A request is split when a prefill worker would be done before a decode worker could read "
+        "the prompt without slowing its answers; a handoff counts as {least} tokens of reading."
+    ),
+    "slo": (
+        "A request is split when the predicted TTFT and TPOT keep its SLO better that way; until "
+        "the workers are measured, from {least} prompt tokens on."
+    ),
+}
+
+
+def _slo_sentences(policy: Policy) -> Iterator[str]:
+    rules = policy.scheduler
+    for name, slo in rules.slo_classes.items():
+        ttft = "any TTFT" if slo.ttft_s is None else f"TTFT {slo.ttft_s:g} s"
+        tpot = "any TPOT" if slo.tpot_s is None else f"TPOT {slo.tpot_s * 1000:g} ms"
+        yield f"SLO class {name}: {ttft}, {tpot}, priority {slo.priority}."
+    if rules.default_slo_class is not None:
+        yield f"A request that names no class is of class {rules.default_slo_class}."
+    if rules.profile is not None:
+        yield f"Predictions start from the profile {rules.profile}."
+
+
+def _prompt_sentences(policy: Policy) -> Iterator[str]:
+    rules = policy.scheduler
+    if rules.tokenizer is None:
+        yield f"Text is estimated to have {rules.chars_per_token:g} characters a token."
+    else:
+        yield (
+            f"Prompts are counted with the tokenizer of {rules.tokenizer}, within "
+            f"{rules.tokenizer_s:g} s each, and estimated where that fails."
+        )
+    told = [worker.name for worker in policy.fleet.workers if worker.kv_events is not None]
+    rest = "The other workers are" if told else "A worker is"
+    if told:
+        yield f"What {', '.join(told)} cache is known from the engines' own KV events."
+    if len(told) < len(policy.fleet.workers):
+        yield (
+            f"{rest} believed to cache the prompts routed there for {rules.prefix.ttl_s:g} s, "
+            f"{rules.prefix.tokens} tokens at most."
+        )
+    for tenant, labels in sorted(rules.labels.items()):
+        who = "all other tenants" if tenant == "*" else f"tenant {tenant}"
+        wanted = ", ".join(f"{key}={value}" for key, value in sorted(labels.items()))
+        yield f"Requests of {who} go to workers labelled {wanted or 'in any way'}."
 
 
 def _worker_sentence(worker: WorkerPolicy) -> str:

@@ -15,6 +15,7 @@ from disagg_plugins.credentials import looks_like_a_secret, read_secret
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.policy import Policy
 from disagg_plugins.policy_advice import advice, contradictions
+from disagg_plugins.scheduling.profile_file import read_profile
 from disagg_plugins.yaml_source import (
     MAX_FILE_BYTES,
     KeyPath,
@@ -89,7 +90,19 @@ def read_policy(path: str | Path) -> LoadedPolicy:
         problems += [_Problem(path, text) for path, text in contradictions(policy)]
     if problems or policy is None:
         raise _combined(problems, source)
+    policy = _with_profile(policy, absolute.parent)
     return LoadedPolicy(policy, absolute, tuple(advice(policy, absolute.parent)))
+
+
+def _with_profile(policy: Policy, base_dir: Path) -> Policy:
+    """Return the policy with the path of its profile made absolute, after a look into the file."""
+    named = policy.scheduler.profile
+    if named is None:
+        return policy
+    path = base_dir / named.expanduser()
+    read_profile(path)
+    scheduler = policy.scheduler.model_copy(update={"profile": path})
+    return policy.model_copy(update={"scheduler": scheduler})
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,10 @@ Family = Literal["relay", "rendezvous"]
 """How a handoff is arranged: *relay* (prefill answers, decode is called with its params) or
 *rendezvous* (both are called at once under an id that the gateway chose)."""
 
+TokensBy = Literal["ids", "tokenizer", "estimate"]
+"""How a count of prompt tokens came about: they were given, counted by the model's own tokenizer,
+or estimated from the text's length."""
+
 
 class Role(StrEnum):
     """What a worker is used for."""
@@ -177,6 +181,8 @@ class RequestProfile:
         ttft_slo_s: The bound on TTFT that its SLO class sets, in seconds, or None.
         tpot_slo_s: The bound on TPOT that its SLO class sets, in seconds, or None.
         tokens_by: How ``prompt_tokens`` came about: ``ids``, ``tokenizer`` or ``estimate``.
+        cached_tokens: How many of the prompt's tokens a worker is believed to hold, by its name,
+            the best first; workers that hold none are absent.
     """
 
     request_id: str
@@ -195,7 +201,8 @@ class RequestProfile:
     priority: int = 0
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
-    tokens_by: Literal["ids", "tokenizer", "estimate"] = "estimate"
+    tokens_by: TokensBy = "estimate"
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,3 +84,11 @@ def test_the_latest_errors_are_kept_and_all_are_counted(calls):
         ask(calls)
     assert len(calls.errors) == 64
     assert calls.counts == {("mine", "hook", "raised"): 100}
+
+
+def test_the_first_answer_is_not_that_of_a_plugin_left_out():
+    told = [Implementation(name, "hook", lambda n=name: n, (), None) for name in ("a", "b")]
+    calls = HookCalls({"hook": told}, deadline_s=1.0, strikes=1)
+    assert calls.first("hook", str, {}) == ("a", "a")
+    assert calls.first("hook", str, {}, without={"a"}) == ("b", "b")
+    assert calls.first("hook", str, {}, without={"a", "b"}) is None

@@ -107,8 +107,11 @@ class TestThirdPartyDistribution:
         assert decisions["batch"][:2] == ["Local", "example: batch tenants stay local"]
         assert decisions["web"][0] == "Disaggregated"
 
+    def test_scores_of_ten_lines_change_where_requests_go(self, seen):
+        assert seen[0]["chosen"] == {"0": ["d2", "d3"], "10": ["d3"]}
+
     def test_filters_a_worker_out(self, seen):
-        assert {d[2] for d in seen[0]["decisions"].values()} == {"d2"}
+        assert "d1" not in {d[2] for d in seen[0]["decisions"].values()}
 
     def test_is_listed_with_distribution_and_version(self, seen):
         assert seen[0]["plugins"]["example"] == ["disagg-example-plugin", "1.2.3", "on", ""]
@@ -277,7 +280,8 @@ class TestIsolation:
         broken = staticmethod(hookimpl(raising(ValueError("bad luck"))))
         monkeypatch.setattr(Threshold, "disagg_select_split", broken)
         host = load(builtins=True)
-        assert host.scheduler.select_split(PROFILE, FLEET) is None
+        others = {"always", "never", "load", "slo"}
+        assert host.scheduler.select_split(PROFILE, FLEET, without=others) is None
         assert ("threshold", "disagg_select_split", "raised") in host.counts
 
     @pytest.mark.parametrize(

@@ -46,6 +46,24 @@ def test_other_sizes_are_refused(written):
         Policy.model_validate({**SMALLEST, "handoff": {"staging_bytes": written}})
 
 
+def with_events(address):
+    return {"fleet": {"workers": [{**WORKERS[0], "kv_events": address}, WORKERS[1]]}}
+
+
+@pytest.mark.parametrize("address", ["tcp://h:5557", "tcp://[::1]:5557", "ipc:///run/kv/p0"])
+def test_an_engines_events_come_from_one_address(address):
+    assert Policy.model_validate(with_events(address)).fleet.workers[0].kv_events == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://*:5557", "tcp://h", "http://h:1", "tcp://h:1/x", "tcp://u:p@h:1", "ipc://x", "ipc:///"],
+)
+def test_other_addresses_of_events_are_refused(address):
+    with pytest.raises(ValidationError, match=r"kv_events"):
+        Policy.model_validate(with_events(address))
+
+
 def test_a_policy_does_not_change_once_read():
     policy = Policy.model_validate(SMALLEST)
     with pytest.raises(ValidationError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from disagg_plugins.policy import Policy
-from disagg_plugins.policy_advice import advice, can_split, explain
+from disagg_plugins.policy_advice import advice, can_split, contradictions, explain
 
 P = {"name": "p", "url": "http://127.0.0.1:9001", "role": "prefill"}
 D = {"name": "d", "url": "http://127.0.0.1:9002", "role": "decode"}
@@ -76,3 +76,41 @@ def test_a_policy_is_explained_in_words():
     ):
         assert words in text, words
     assert "No request is split" in explain(policy(D))
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("threshold", "at least 256 tokens"),
+        ("always", "Every request that can be split is split"),
+        ("never", "scheduler.split.rule is never"),
+        ("load", "a handoff counts as 256 tokens"),
+        ("slo", "predicted TTFT and TPOT"),
+    ],
+)
+def test_every_split_rule_is_explained(rule, words):
+    assert words in explain(policy(P, D, scheduler={"split": {"rule": rule}}))
+
+
+def test_slo_classes_and_the_profile_are_explained():
+    rules = {
+        "slo_classes": {"chat": {"ttft_s": 0.5, "tpot_s": 0.04, "priority": 5}, "batch": {}},
+        "default_slo_class": "batch",
+        "profile": "profile.yaml",
+    }
+    text = explain(policy(P, D, scheduler=rules))
+    assert "SLO class chat: TTFT 0.5 s, TPOT 40 ms, priority 5." in text
+    assert "SLO class batch: any TTFT, any TPOT, priority 0." in text
+    assert "names no class is of class batch" in text
+    assert "start from the profile profile.yaml" in text
+
+
+def test_the_slo_rule_without_classes_is_warned_of(warned):
+    assert "no scheduler.slo_classes" in warned(P, D, scheduler={"split": {"rule": "slo"}})
+
+
+def test_a_default_class_that_does_not_exist_cannot_work():
+    rules = {"slo_classes": {"chat": {}}, "default_slo_class": "gold"}
+    [(path, problem)] = contradictions(policy(P, D, scheduler=rules))
+    assert path == ("scheduler", "default_slo_class")
+    assert "gold is none of" in problem

@@ -74,8 +74,10 @@ class HostPort:
         )
         source = np.frombuffer(kv, self._element).reshape(2, -1, heads, dim)
         num_tokens = source.shape[1]
-        plain = np.zeros((2, len(block_ids) * size, heads, dim), self._element)
-        plain[:, :num_tokens] = source
+        plain = source
+        if num_tokens < len(block_ids) * size:
+            plain = np.zeros((2, len(block_ids) * size, heads, dim), self._element)
+            plain[:, :num_tokens] = source
         by_block = plain.reshape(2, len(block_ids), size, heads, dim).transpose(1, 3, 0, 2, 4)
         packed = self._packing.pack(by_block.reshape(-1, self._head_elements))
         packed = packed.reshape(len(block_ids), heads, self._head_elements)

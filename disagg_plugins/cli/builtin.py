@@ -18,18 +18,24 @@ def disagg_register_commands() -> Sequence[Command]:
     """Offer the subcommands of this folder."""
     from disagg_plugins.cli.bench import BenchCommand
     from disagg_plugins.cli.doctor import DoctorCommand
+    from disagg_plugins.cli.explain import ExplainCommand
     from disagg_plugins.cli.plugins import PluginsCommand
     from disagg_plugins.cli.policy import PolicyCommand
+    from disagg_plugins.cli.profile import ProfileCommand
     from disagg_plugins.cli.serve import ServeCommand
+    from disagg_plugins.cli.top import TopCommand
     from disagg_plugins.cli.up import UpCommand
     from disagg_plugins.cli.version import VersionCommand
 
     return [
         BenchCommand(),
         DoctorCommand(),
+        ExplainCommand(),
         PluginsCommand(),
         PolicyCommand(),
+        ProfileCommand(),
         ServeCommand(),
+        TopCommand(),
         UpCommand(),
         VersionCommand(),
     ]

@@ -40,6 +40,17 @@ def add_policy(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     )
 
 
+DEFAULT_GATEWAY = "http://127.0.0.1:8000"
+"""Where the gateway of a policy without ``gateway`` listens."""
+
+
+def add_gateway(parser: argparse.ArgumentParser) -> None:
+    """Add the address of a running gateway as an option."""
+    parser.add_argument(
+        "--gateway", default=DEFAULT_GATEWAY, metavar="URL", help=f"default: {DEFAULT_GATEWAY}"
+    )
+
+
 def read_policy(path: Path) -> LoadedPolicy:
     """Return the policy, after printing what in it is likely not meant to standard error.
 

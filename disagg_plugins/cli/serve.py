@@ -27,6 +27,7 @@ def run_gateway(loaded: LoadedPolicy, secret: bytes) -> None:
 
     gateway = loaded.policy.gateway
     records = loaded.policy.telemetry.records
+    tokenizer = loaded.policy.scheduler.tokenizer
 
     async def main(host: PluginHost) -> None:
         stop = asyncio.Event()
@@ -46,6 +47,7 @@ def run_gateway(loaded: LoadedPolicy, secret: bytes) -> None:
             host,
             secret=secret,
             records_path=loaded.base_dir / records.expanduser() if records else None,
+            tokenizer=loaded.base_dir / tokenizer.expanduser() if tokenizer else None,
             ready=lambda _: say(f"gateway is ready: http://{gateway.host}:{gateway.port}"),
             stop=stop,
         )

@@ -17,6 +17,7 @@ from disagg_plugins.errors import ConfigError
 from disagg_plugins.gateway.client_connection import ClientConnection
 from disagg_plugins.gateway.dialect import HandoffRef
 from disagg_plugins.gateway.server import Gateway, Parts
+from disagg_plugins.gateway.token_counter import load_token_counter
 from disagg_plugins.handoff.tickets import mint
 from disagg_plugins.scheduling.decision import Scheduler
 from disagg_plugins.telemetry.records import RecordFile
@@ -46,6 +47,7 @@ async def serve(
     *,
     secret: bytes,
     records_path: Path | None = None,
+    tokenizer: Path | None = None,
     ready: Callable[[Gateway], object] | None = None,
     stop: asyncio.Event,
 ) -> None:
@@ -56,6 +58,7 @@ async def serve(
         host: The loaded plugins.
         secret: The fleet's secret.
         records_path: Where to write records; None: nowhere.
+        tokenizer: The model's folder or ``tokenizer.json``; None: as the policy says.
         ready: Called once the port accepts connections.
         stop: Set it to end; open requests get ``gateway.drain_s``.
 
@@ -68,7 +71,9 @@ async def serve(
     try:
         sock = _listen(policy)
         try:
-            await _run(policy, _parts(policy, host, secret, records), sock, ready, stop)
+            path = tokenizer or policy.scheduler.tokenizer
+            parts = _parts(policy, host, secret, records, path)
+            await _run(policy, parts, sock, ready, stop)
         finally:
             sock.close()
     finally:
@@ -176,7 +181,13 @@ def _check_engines(policy: Policy, host: PluginHost) -> None:
             )
 
 
-def _parts(policy: Policy, host: PluginHost, secret: bytes, records: RecordFile | None) -> Parts:
+def _parts(
+    policy: Policy,
+    host: PluginHost,
+    secret: bytes,
+    records: RecordFile | None,
+    tokenizer: Path | None,
+) -> Parts:
     ticket_s = policy.handoff.ticket_s
 
     def new_handoff(prefill: Worker, decode: Worker) -> HandoffRef:
@@ -206,6 +217,7 @@ def _parts(policy: Policy, host: PluginHost, secret: bytes, records: RecordFile 
         mint=new_handoff,
         records=records,
         plugin_failures=plugin_failures,
+        counter=None if tokenizer is None else load_token_counter(tokenizer),
     )
 
 

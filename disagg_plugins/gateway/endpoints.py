@@ -1,8 +1,9 @@
 """Everything the gateway answers itself: health, models, metrics, status, workers' reports.
 
-Anyone who reaches the port may read health, models and metrics. ``/internal/status`` names workers'
-addresses, processes and problems: it is for clients on this host, and for holders of the fleet's
-secret, who sign the request like a report. ``/internal/reports`` always wants that signature.
+Anyone who reaches the port may read health, models and metrics. ``/internal/status`` and
+``/internal/explain`` name workers' addresses, processes and problems: they are for clients on this
+host, and for holders of the fleet's secret, who sign the request like a report.
+``/internal/reports`` always wants that signature.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -70,6 +72,29 @@ def metrics(gateway: Gateway, request: Request, client: ClientConnection) -> Non
 
 def status(gateway: Gateway, request: Request, client: ClientConnection) -> None:
     """Answer everything that ``disagg doctor --live`` reads, on this host or with a signature."""
+    if _may_see(gateway, request, client):
+        client.answer(200, encode(status_of(gateway)))
+
+
+def explain(gateway: Gateway, request: Request, client: ClientConnection) -> None:
+    """Answer why a recent request went where it went; to the same clients as the status."""
+    if not _may_see(gateway, request, client):
+        return
+    query = request.path.partition(b"?")[2].decode("latin-1")
+    name = parse_qs(query, max_num_fields=4).get("id", [""])[0]
+    explanation = gateway.explanations.of(name)
+    if explanation is None:
+        message = (
+            f"the request {name[:128]!r} is not among the last {len(gateway.explanations)} "
+            "completions and chats of this gateway; ask with /internal/explain?id=REQUEST_ID"
+        )
+        gateway.refuse(client, 404, message, code="unknown_request")
+        return
+    client.answer(200, encode(explanation.plain()))
+
+
+def _may_see(gateway: Gateway, request: Request, client: ClientConnection) -> bool:
+    """Return whether the client may see the gateway's state; if not, it has been told so."""
     proof = header_value(request.headers, b"x-disagg-signature")
     proxied = any(name in PROXIED for name, _ in request.headers)
     if proof is not None:
@@ -77,15 +102,15 @@ def status(gateway: Gateway, request: Request, client: ClientConnection) -> None
             verify(gateway.report_key, proof.decode("latin-1"), request.body, time.time())
         except AuthenticationError as exc:
             gateway.refuse(client, 403, str(exc), code="signature")
-            return
+            return False
     elif proxied or not same_host(*client.addresses()):
         message = (
             "the status is answered on the gateway's own host only (run `disagg doctor --live` "
             "there), or to requests signed with the fleet's secret"
         )
         gateway.refuse(client, 403, message, code="not_local")
-        return
-    client.answer(200, encode(status_of(gateway)))
+        return False
+    return True
 
 
 def same_host(peer: str | None, here: str | None) -> bool:
@@ -118,11 +143,19 @@ def status_of(gateway: Gateway) -> dict[str, object]:
                 "models": list(state.models),
                 "requests": state.requests,
                 "prompt_tokens": state.prompt_tokens,
+                "capacity": state.worker.capacity,
+                "prefills": state.prefills,
+                "kv_tokens": state.kv_tokens,
+                "kv_room_tokens": state.worker.kv_tokens,
+                "kv_usage": state.kv_usage,
+                "tokens_read": gateway.read_tokens[state.worker.name],
+                "tokens_written": state.tokens_written,
                 "served": state.served,
                 "failed": dict(state.failed),
                 "last_problem": state.last_problem,
                 "hello": dict(state.hello) if state.hello is not None else None,
                 "connections": gateway.pools[state.worker.name].counts(),
+                "kv_events": gateway.prompts.events.told(state.worker.name),
             }
         )
     return {
@@ -130,6 +163,8 @@ def status_of(gateway: Gateway) -> dict[str, object]:
         "model": gateway.fleet.model(),
         "draining": gateway.draining,
         "in_flight": len(gateway.active),
+        "counting": len(gateway.counting),
+        "tokens_by": "estimate" if gateway.prompts.counter is None else "tokenizer",
         "client_connections": len(gateway.connections),
         "handoffs_open": len(gateway.ledger),
         "tasks": len(gateway.running()),

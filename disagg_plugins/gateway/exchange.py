@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Concatenate, ParamSpec
@@ -31,6 +31,7 @@ from disagg_plugins.gateway.sse import (
     failed_at_once,
     read_answer,
 )
+from disagg_plugins.gateway.surroundings import NOTHING_CACHED, Surroundings
 from disagg_plugins.gateway.timeline import Timeline
 from disagg_plugins.gateway.trail import MAX_PROMPT_TOKENS, Resumed, Trail, closing
 from disagg_plugins.gateway.upstream import Call
@@ -92,14 +93,18 @@ class Exchange:
         *,
         request_id: str,
         shared_headers: bytes,
+        answer_headers: bytes,
         arrival_s: float,
+        cached_tokens: Mapping[str, int] = NOTHING_CACHED,
     ) -> None:
         route = decision.route
+        self.surroundings = Surroundings(gateway.read_tokens, cached_tokens)
         self._gateway = gateway
         self._client = client.answering(self)
         self._parsed = parsed
         self._decision = decision
         self._shared = shared_headers
+        self._answer_headers = answer_headers
         self._route = route
         self._decode = route.decode
         self._ref: HandoffRef | None = None
@@ -135,6 +140,7 @@ class Exchange:
             decode=route.decode.name,
             stream=parsed.stream,
             prompt_tokens_estimate=parsed.prompt_tokens,
+            prompt_tokens_by=parsed.tokens_by,
         )
 
     @_contained
@@ -428,6 +434,7 @@ class Exchange:
                 return
         self._bodies["prefill"] = []
         self._succeeded("prefill")
+        self.surroundings.read(self.record, self.record.prefill)
         self._do(self._flow.on(f.PrefillAnswered(published)))
 
     def _relays(self, route: Disaggregated) -> bool:
@@ -595,6 +602,7 @@ class Exchange:
             self.decode_deadline_s = time.monotonic() + gateway.policy.gateway.first_byte_s
         self._bodies[side] = []
         self._sizes_bytes[side] = 0
+        self.surroundings.sent(self.record, self._times, side, worker, gateway.fleet.view())
         gateway.fleet.begin(worker.name, work)
         self._work_on[side] = (worker.name, work)
         pool = gateway.pools[worker.name]
@@ -621,6 +629,7 @@ class Exchange:
         if on is not None:
             self._work_on["decode"] = (on[0], self._gateway.fleet.prompt_read(*on))
         self.record.status = 200
+        self.surroundings.answering(self.record)
         lines = self._lines(self._headers["decode"])
         if not self._whole and self._sse is not None:
             self._first = self._outgoing(self._first)
@@ -635,8 +644,7 @@ class Exchange:
         self._first = b""
 
     def _lines(self, headers: list[Header]) -> bytes:
-        lines = forwarded(headers, NOT_DOWNSTREAM)
-        return b"%bx-request-id: %b\r\n" % (lines, self.record.request_id.encode("ascii"))
+        return forwarded(headers, NOT_DOWNSTREAM) + self._answer_headers
 
     def _touch(self, now_s: float) -> None:
         policy = self._gateway.policy.gateway

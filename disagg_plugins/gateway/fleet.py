@@ -10,10 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from disagg_plugins.gateway.dialect import Dialect, pair_family, tells_endpoints
 from disagg_plugins.gateway.pairs import Across, PairProblems
 from disagg_plugins.types import Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
+
+if TYPE_CHECKING:
+    from disagg_plugins.telemetry.records import RequestRecord
 
 MAX_KINDS = 64
 """Distinct failure kinds remembered a worker; they come from the gateway's own short list and
@@ -64,6 +68,7 @@ class WorkerState:
     reason: str = "not probed yet"
     models: tuple[str, ...] = ()
     served: int = 0
+    tokens_written: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     last_problem: str = ""
     hello: Mapping[str, object] | None = None
@@ -213,6 +218,15 @@ class FleetState:
         state.output_tokens -= work.output_tokens
         state.kv_tokens -= work.context_tokens + work.output_tokens
         self._stale.add(name)
+
+    def wrote(self, record: RequestRecord) -> None:
+        """A request ended: count its tokens where they were written.
+
+        A stream without usage counts as many tokens as it had pieces.
+        """
+        state = self.states.get(record.decode)
+        if state is not None:
+            state.tokens_written += record.output_tokens or len(record.gaps_s or ()) + 1
 
     def succeeded(self, name: str) -> None:
         """The worker did its part of a request."""

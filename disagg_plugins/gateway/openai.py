@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from disagg_plugins.gateway.body import Body, read_body
 from disagg_plugins.gateway.refusals import RequestError
+
+if TYPE_CHECKING:
+    from disagg_plugins.types import TokensBy
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -37,6 +40,9 @@ class ParsedRequest:
         tenant: OpenAI's ``user`` field, or None.
         batch: Whether several prompts were given; each is answered by a choice of its own.
         opaque: Why the prompt was not read, or None; its token count is then a rough estimate.
+        tokens_by: How the count came about.
+        prefix_hashes: Hashes of the prompt's leading pieces, longest last.
+        session: What ties the requests of one conversation together, or None.
     """
 
     endpoint: str
@@ -50,6 +56,9 @@ class ParsedRequest:
     tenant: str | None
     batch: bool = False
     opaque: str | None = None
+    tokens_by: TokensBy = "estimate"
+    prefix_hashes: tuple[str, ...] = ()
+    session: str | None = None
 
 
 def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> ParsedRequest:
@@ -76,7 +85,17 @@ def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> Parse
     prompt = body.get("prompt")
     batch = isinstance(prompt, list) and len(prompt) > 1 and not exact
     return ParsedRequest(
-        endpoint, body, raw, model, bool(stream), tokens, exact, bound, user, batch
+        endpoint,
+        body,
+        raw,
+        model,
+        bool(stream),
+        tokens,
+        exact,
+        bound,
+        user,
+        batch,
+        tokens_by="ids" if exact else "estimate",
     )
 
 

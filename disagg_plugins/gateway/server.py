@@ -7,7 +7,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.gateway import endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
+from disagg_plugins.gateway.counting import WaitsForCount
 from disagg_plugins.gateway.exchange import Exchange
+from disagg_plugins.gateway.explanations import Explanation, Explanations
 from disagg_plugins.gateway.fleet import FleetState
 from disagg_plugins.gateway.health import Prober
 from disagg_plugins.gateway.openai import (
@@ -25,17 +27,23 @@ from disagg_plugins.gateway.openai import (
     parse_request,
 )
 from disagg_plugins.gateway.pool import WorkerPool
+from disagg_plugins.gateway.prompts import Prompts
 from disagg_plugins.gateway.refusals import RequestError, error_body
-from disagg_plugins.gateway.wire import request_id, upstream_headers
+from disagg_plugins.gateway.sessions import session_of
+from disagg_plugins.gateway.wire import header_value, request_id, upstream_headers
+from disagg_plugins.policy import SloClass
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
+from disagg_plugins.telemetry.records import RecordView
 from disagg_plugins.telemetry.reports import report_key
 from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProfile, Worker
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef
     from disagg_plugins.gateway.timeline import Timeline
+    from disagg_plugins.gateway.token_counter import Counting, Ids, TokenCounter
     from disagg_plugins.policy import Policy
+    from disagg_plugins.scheduling.trace import Trace
     from disagg_plugins.telemetry.records import RecordFile, RequestRecord
 
 log = logging.getLogger(__name__)
@@ -46,9 +54,19 @@ RECENT = 1000
 FLUSH_S = 0.5
 """How often records are written."""
 
+SLO_CLASS_HEADER = b"x-disagg-slo-class"
+NO_SLO = SloClass()
+
 POOL_SWEEP_S = 5.0
+
+GONE = ("refused", "unreachable")
+"""Failures of a worker whose process, and its cache with it, has most likely ended."""
+
 CLOSING_S = 1.0
 """How long the end waits for sockets that were told to close."""
+
+EXPLAIN = b"x-disagg-explain"
+"""A request with this header is answered with one that tells what decided its route."""
 
 RECORDS_S = 5.0
 """How long the end waits for the disk that takes the last records."""
@@ -57,7 +75,9 @@ RECORDS_S = 5.0
 class Decides(Protocol):
     """What the gateway needs of the scheduler."""
 
-    def decide(self, profile: RequestProfile, fleet: FleetView) -> Decision:
+    def decide(
+        self, profile: RequestProfile, fleet: FleetView, trace: Trace | None = None
+    ) -> Decision:
         """Return the route of a request."""
         ...
 
@@ -82,6 +102,7 @@ class Parts:
         mint: Makes a handoff id and its ticket for two workers.
         records: Where records are written, or None.
         plugin_failures: Returns failures of plugins by name.
+        counter: Counts prompts with the model's tokenizer; None: text is estimated.
     """
 
     scheduler: Decides
@@ -90,6 +111,7 @@ class Parts:
     mint: Callable[[Worker, Worker], HandoffRef]
     records: RecordFile | None = None
     plugin_failures: Callable[[], dict[str, int]] = dict
+    counter: TokenCounter | None = None
 
 
 Handler = Callable[["Gateway", Request, ClientConnection], None]
@@ -127,6 +149,10 @@ class Gateway:
         )
         self.connections: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
+        self.explanations = Explanations()
+        self.read_tokens: Counter[str] = Counter()  # prompt tokens read so far, by worker
+        self.counting: set[WaitsForCount] = set()
+        self.prompts = Prompts(policy, parts.counter)
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
         self._changed = asyncio.Event()
@@ -153,12 +179,14 @@ class Gateway:
         self._lasting = [
             self._tasks.create_task(self.prober.run()),
             self._tasks.create_task(self.watch()),
+            self._tasks.create_task(self._guarded(self.prompts.events.run())),
         ]
 
     def stop(self) -> None:
         """Cancel everything that runs by itself."""
         for task in self.running():
             task.cancel()
+        self.prompts.close()
 
     def running(self) -> list[asyncio.Task[None]]:
         """Return every task that is not done."""
@@ -218,7 +246,6 @@ class Gateway:
         """Route one completion or chat request."""
         now_s = time.monotonic()
         name = request_id(request.headers)
-        id_line = b"x-request-id: %b\r\n" % name.encode("ascii")
         try:
             parsed = parse_request(
                 request.path.partition(b"?")[0].decode("ascii"),
@@ -227,16 +254,73 @@ class Gateway:
             )
             self._check_model(parsed)
             self._check_room()
-            decision = self._decide(self._profile(name, parsed, now_s), parsed.body)
-        except RequestError as exc:
-            self.metrics.count("disagg_client_errors", (str(exc.status),))
-            client.answer(exc.status, exc.body(), JSON + id_line)
+            session = session_of(request.headers, parsed.body)
+            if session is not None:
+                parsed = replace(parsed, session=session)
+        except (RequestError, NoCapacityError) as exc:
+            self._refused(client, exc, b"x-request-id: %b\r\n" % name.encode("ascii"))
             return
-        except NoCapacityError as exc:
-            retry = b"retry-after: %d\r\n" % max(1, round(exc.retry_after_s))
-            lines = id_line + retry
-            self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines)
+        counting = self.prompts.counting(parsed)
+        ids = counting.ids() if counting is not None and counting.short else None
+        if counting is not None and not counting.short:
+
+            def go_on(ids: Ids | None) -> None:
+                try:
+                    self._route(request, client, parsed, ids, name, now_s)
+                except Exception:
+                    log.exception("a request could not be handled")
+                    self.refuse(
+                        client, 500, "the gateway failed; its log says why", code="internal"
+                    )
+
+            if self._count(client, counting, go_on):
+                return
+        self._route(request, client, parsed, ids, name, now_s)
+
+    def _count(
+        self, client: ClientConnection, counting: Counting, go_on: Callable[[Ids | None], None]
+    ) -> bool:
+        """Begin to count a prompt on a thread; False when that cannot be done now."""
+        counter = self.prompts.counter
+        if counter is None:
+            return False
+
+        def ended(waits: WaitsForCount) -> None:
+            self.counting.discard(waits)
+            self._changed.set()
+
+        waits = WaitsForCount(counter, go_on, ended)
+        if not waits.begin(client, counting, self.policy.scheduler.tokenizer_s):
+            return False
+        self.counting.add(waits)
+        return True
+
+    def _route(
+        self,
+        request: Request,
+        client: ClientConnection,
+        parsed: ParsedRequest,
+        ids: Ids | None,
+        name: str,
+        now_s: float,
+    ) -> None:
+        """Route a request whose prompt is counted, and begin it."""
+        lines = b"x-request-id: %b\r\n" % name.encode("ascii")
+        explained = header_value(request.headers, EXPLAIN) is not None
+        explanation: Explanation | None = None
+        try:
+            parsed = self.prompts.read(parsed, ids, parsed.model not in (None, self.fleet.model()))
+            profile = self._profile(name, parsed, now_s, self._slo_class(request))
+            explanation = self.explanations.begin(profile)
+            decision = self._decide(explanation, parsed.body)
+        except (RequestError, NoCapacityError) as exc:
+            more = b""
+            if explanation is not None and isinstance(exc, NoCapacityError):
+                explanation.refused = exc.problem
+                more = _explain_line(explanation) if explained else b""
+            self._refused(client, exc, lines, more)
             return
+        self.prompts.routed(explanation.profile, decision.route)
         exchange = Exchange(
             self,
             client,
@@ -244,10 +328,27 @@ class Gateway:
             decision,
             request_id=name,
             shared_headers=upstream_headers(request.headers, name),
+            answer_headers=lines + (_explain_line(explanation) if explained else b""),
             arrival_s=now_s,
+            cached_tokens=profile.cached_tokens,
         )
+        explanation.record = exchange.record
         self.active.add(exchange)
         exchange.begin()
+
+    def _refused(
+        self,
+        client: ClientConnection,
+        exc: RequestError | NoCapacityError,
+        lines: bytes,
+        more: bytes = b"",
+    ) -> None:
+        if isinstance(exc, RequestError):
+            self.metrics.count("disagg_client_errors", (str(exc.status),))
+            client.answer(exc.status, exc.body(), JSON + lines)
+            return
+        lines += b"retry-after: %d\r\n" % max(1, round(exc.retry_after_s))
+        self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines + more)
 
     def _check_model(self, parsed: ParsedRequest) -> None:
         if parsed.model is not None and not self.fleet.knows_model(parsed.model):
@@ -263,13 +364,36 @@ class Gateway:
         if self.draining:
             raise NoCapacityError("the gateway is shutting down", retry_after_s=5.0)
         bound = self.policy.gateway.max_requests
-        if len(self.active) >= bound:
+        if len(self.active) + len(self.counting) >= bound:
             raise NoCapacityError(
                 f"{bound} requests are in flight (policy key gateway.max_requests)",
                 retry_after_s=1.0,
             )
 
-    def _profile(self, name: str, parsed: ParsedRequest, now_s: float) -> RequestProfile:
+    def _slo_class(self, request: Request) -> str | None:
+        """Return the SLO class that a request names, or the policy's.
+
+        Raises:
+            RequestError: 400; the policy has no such class.
+        """
+        rules = self.policy.scheduler
+        given = header_value(request.headers, SLO_CLASS_HEADER)
+        if given is None:
+            return rules.default_slo_class
+        name = given.decode("utf-8", "replace").strip()
+        if name not in rules.slo_classes:
+            known = ", ".join(rules.slo_classes) or "none (policy key scheduler.slo_classes)"
+            raise RequestError(
+                400,
+                f"there is no SLO class {name[:64]!r}; known: {known}",
+                code="unknown_slo_class",
+            )
+        return name
+
+    def _profile(
+        self, name: str, parsed: ParsedRequest, now_s: float, slo_class: str | None = None
+    ) -> RequestProfile:
+        slo = self.policy.scheduler.slo_classes.get(slo_class or "", NO_SLO)
         why = parsed.opaque
         for dialect in self._dialects:
             why = why or dialect.unsplittable(parsed.body)
@@ -278,34 +402,46 @@ class Gateway:
             endpoint=parsed.endpoint,
             model=parsed.model or self.fleet.model() or "",
             prompt_tokens=parsed.prompt_tokens,
-            prompt_tokens_exact=parsed.exact,
+            prompt_tokens_exact=parsed.tokens_by != "estimate",
             max_output_tokens=parsed.max_output_tokens,
             stream=parsed.stream,
             unsplittable=why,
+            prefix_hashes=parsed.prefix_hashes,
             tenant=parsed.tenant,
             arrival_s=now_s,
+            slo_class=slo_class,
+            ttft_slo_s=slo.ttft_s,
+            tpot_slo_s=slo.tpot_s,
+            priority=slo.priority,
+            session=parsed.session,
+            tokens_by=parsed.tokens_by,
+            cached_tokens=self.prompts.cached_tokens(parsed),
         )
 
-    def _decide(self, profile: RequestProfile, body: Body) -> Decision:
+    def _decide(self, explanation: Explanation, body: Body) -> Decision:
+        profile, trace = explanation.profile, explanation.trace
         view = self.fleet.view_for(profile.model)
-        decision = self._scheduler.decide(profile, view)
+        decision = self._scheduler.decide(profile, view, trace)
         route = decision.route
         if isinstance(route, Disaggregated) and route.prefill.engine != route.decode.engine:
             why = self.fleet.dialects[route.decode.engine].unsplittable_across(body)
             if why is not None:
-                decision = self._decide_alike(profile, view, why)
+                decision = self._decide_alike(profile, view, why, trace)
         if decision.problem:
             self._tell(decision.problem)
+        explanation.decision = decision
         return decision
 
-    def _decide_alike(self, profile: RequestProfile, view: FleetView, why: str) -> Decision:
+    def _decide_alike(
+        self, profile: RequestProfile, view: FleetView, why: str, trace: Trace
+    ) -> Decision:
         """Return the route of a request that two engines cannot share: ``why``."""
         alike = self.fleet.alike(view, why)
         with contextlib.suppress(NoCapacityError):
-            decision = self._scheduler.decide(profile, alike)
+            decision = self._scheduler.decide(profile, alike, trace)
             if isinstance(decision.route, Disaggregated):
                 return decision
-        return self._scheduler.decide(replace(profile, unsplittable=why), view)
+        return self._scheduler.decide(replace(profile, unsplittable=why), view, trace)
 
     def _tell(self, problem: str) -> None:
         if problem not in self._told_problems and len(self._told_problems) < RECENT:
@@ -320,7 +456,9 @@ class Gateway:
         )
         try:
             view = self.fleet.view_for(profile.model, without=failed.name)
-            decision = self._scheduler.decide(profile, view)
+            explanation = self.explanations.of(name)
+            trace = None if explanation is None else explanation.trace
+            decision = self._scheduler.decide(profile, view, trace)
         except NoCapacityError:
             return None
         other = decision.route.decode
@@ -331,6 +469,8 @@ class Gateway:
         self.metrics.count("disagg_failures", (worker, side, kind))
         log.warning("worker %s, %s: %s: %s", worker, side, kind, detail)
         self.fleet.failed(worker, kind, detail)
+        if kind in GONE:
+            self.prompts.forget(worker)
 
     # Ends
 
@@ -342,6 +482,7 @@ class Gateway:
         record = exchange.record
         try:
             times.fill(record, self.metrics, now_s)
+            exchange.surroundings.ended(record)
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))
@@ -357,12 +498,14 @@ class Gateway:
 
     def _settle(self, record: RequestRecord) -> None:
         self.recent.append((record.route, record.split, _reason_label(record.why)))
+        if record.outcome == "ok":
+            self.fleet.wrote(record)
         if self._records is not None and not self._records.add(record):
             self.metrics.count("disagg_records_dropped")
         if not self._scheduler.wants_ends:
             return
         try:
-            self._scheduler.request_ended(record.as_dict())
+            self._scheduler.request_ended(RecordView(record))
         except Exception:  # whatever a plugin does, the next request is served
             log.exception("plugins could not be told of a request's end")
 
@@ -390,6 +533,7 @@ class Gateway:
                 sweep_at_s = now_s + POOL_SWEEP_S
                 for pool in self.pools.values():
                     _safely(pool.sweep)
+                _safely(functools.partial(self.prompts.sweep, now_s))
             if self._records is not None and now_s >= flush_at_s:
                 flush_at_s = now_s + FLUSH_S
                 _safely(self._records.flush_soon)  # it must not wait: the disk may stall
@@ -427,7 +571,7 @@ class Gateway:
         for client in list(self.connections):
             client.close()
         end_s = time.monotonic() + self.policy.gateway.drain_s
-        await self._until(lambda: not self.active, end_s)
+        await self._until(lambda: not self.active and not self.counting, end_s)
         for client in list(self.connections):
             client.transport.abort()
         await self._until(lambda: not self.connections, time.monotonic() + CLOSING_S)
@@ -459,6 +603,10 @@ def _reason_label(why: str) -> str:
     return " ".join("N" if any(c.isdigit() for c in word) else word for word in head.split())[:100]
 
 
+def _explain_line(explanation: Explanation) -> bytes:
+    return b"x-disagg-explain: %b\r\n" % explanation.header()
+
+
 GET = (b"GET", b"HEAD")
 POST = (b"POST",)
 _ROUTES: Mapping[bytes, tuple[tuple[bytes, ...], Handler]] = {
@@ -469,5 +617,6 @@ _ROUTES: Mapping[bytes, tuple[tuple[bytes, ...], Handler]] = {
     b"/ready": (GET, endpoints.ready),
     b"/metrics": (GET, endpoints.metrics),
     b"/internal/status": (GET, endpoints.status),
+    b"/internal/explain": (GET, endpoints.explain),
     b"/internal/reports": (POST, endpoints.reports),
 }

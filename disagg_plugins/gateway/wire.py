@@ -36,9 +36,14 @@ NOT_UPSTREAM = HOP_BY_HOP | {
     b"expect",
     b"accept-encoding",  # answers are observed, so they come uncompressed
     b"x-request-id",
+    # said to this gateway, and nothing of a worker's business
     b"x-disagg-signature",
+    b"x-disagg-explain",
+    b"x-disagg-session",
+    b"x-disagg-slo-class",
+    b"x-disagg-tenant",
 }
-NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length", b"x-request-id"}
+NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length", b"x-request-id", b"x-disagg-explain"}
 
 _PLAIN_CONNECTION = (b"keep-alive", b"close")
 """The usual values of ``Connection``; they name no other header."""

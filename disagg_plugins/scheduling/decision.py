@@ -163,12 +163,14 @@ class Scheduler:
         workers: tuple[Worker, ...] = ()
         if len(serving) > self._candidates:
             sample = self._sample(profile, role, fleet, trace)
-            workers, _ = self._left(profile, role, sample, able, fleet, trace)
+            workers, _ = self._left(profile, role, sample, able, fleet, trace, other)
         if not workers:
-            workers, why = self._left(profile, role, serving, able, fleet, trace)
+            workers, why = self._left(profile, role, serving, able, fleet, trace, other)
             if not workers:
                 return None, why
-        scored = self._hooks.score_workers(profile, role, workers, fleet, self._weights, trace)
+        scored = self._hooks.score_workers(
+            profile, role, workers, fleet, self._weights, trace, other
+        )
         name = self._hooks.select_worker(profile, role, scored, trace, without=self._not_asked)
         with self._lock:
             if name is None:
@@ -185,12 +187,15 @@ class Scheduler:
         able: Callable[[Worker], bool],
         fleet: FleetView,
         trace: Trace,
+        other: Worker | None,
     ) -> tuple[tuple[Worker, ...], str]:
         """Return the workers that are able and left by all filters, or none and why."""
         candidates = tuple(filter(able, workers))
         if not candidates:
             return (), f"no healthy {role} worker"
-        left, left_out_by = self._hooks.filter_workers(profile, role, candidates, fleet, trace)
+        left, left_out_by = self._hooks.filter_workers(
+            profile, role, candidates, fleet, trace, other
+        )
         return left, f"no {role} worker left by {', '.join(left_out_by)}"
 
     def _sample(

@@ -93,9 +93,10 @@ class SchedulerHooks:
         workers: Sequence[Worker],
         fleet: FleetView,
         trace: Trace | None = None,
+        other: Worker | None = None,
     ) -> tuple[tuple[Worker, ...], tuple[str, ...]]:
         """Return the workers that every plugin keeps, and the plugins that left some out."""
-        arguments = {"profile": profile, "role": role, "workers": workers, "fleet": fleet}
+        arguments = _about(profile, role, workers, fleet, other)
         left_out_by = []
         kept: set[str] | None = None  # None: all
         answers = self._calls.every(
@@ -118,13 +119,14 @@ class SchedulerHooks:
         fleet: FleetView,
         weights: Mapping[str, float],
         trace: Trace | None = None,
+        other: Worker | None = None,
     ) -> dict[str, float]:
         """Return each worker's weighted mean score, neutral where nobody has an opinion."""
         totals = {worker.name: 0.0 for worker in workers}
         answers = self._calls.every(
             "disagg_score_workers",
             lambda answer: _scores(answer, totals),
-            {"profile": profile, "role": role, "workers": workers, "fleet": fleet},
+            _about(profile, role, workers, fleet, other),
             without=_weightless(weights),
         )
         _note(trace, "score", role, answers)
@@ -180,12 +182,29 @@ class SchedulerHooks:
 
     def on_request_end(self, record: Mapping[str, object]) -> None:
         """Tell every plugin how a request ended; they cannot change the record."""
-        self._calls.tell("disagg_on_request_end", {"record": MappingProxyType(dict(record))})
+        # not copied: it may be a view that makes its values when they are asked for
+        self._calls.tell("disagg_on_request_end", {"record": MappingProxyType(record)})
 
 
 def _note(trace: Trace | None, step: str, role: Role | None, answers: Answers) -> None:
     if trace is not None and answers:
         trace.note(step, role, answers)
+
+
+def _about(
+    profile: RequestProfile,
+    role: Role,
+    workers: Sequence[Worker],
+    fleet: FleetView,
+    other: Worker | None,
+) -> dict[str, object]:
+    return {
+        "profile": profile,
+        "role": role,
+        "workers": workers,
+        "fleet": fleet,
+        "other": other,
+    }
 
 
 def _instance(kind: type[T]) -> Callable[[object], T]:

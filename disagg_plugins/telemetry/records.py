@@ -12,8 +12,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from operator import mul
 from pathlib import Path
 
@@ -99,7 +99,21 @@ class FailureRecord:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Everything told of one request; times in seconds."""
+    """Everything told of one request; times in seconds.
+
+    The load is what the gateway knew when it sent the call, without this request: what a scheduler
+    could have known. It changes while a request runs, so it is a sign and no mean.
+
+    Attributes:
+        sent_s: From arrival to the first call.
+        prefill_queued_tokens: Prompt tokens to be read before, on the worker that reads the prompt.
+        prefill_requests: Requests in flight on the prefill worker of a split request.
+        prefill_cached_tokens: Prompt tokens that the reading worker was believed to hold.
+        decode_requests: Requests in flight on the decode worker.
+        decode_kv_tokens: KV tokens that they hold or will.
+        decode_read_tokens: Prompt tokens of other requests whose reading ended on the decode worker
+            while this answer was written: each of them held it up.
+    """
 
     request_id: str
     at_s: float
@@ -111,6 +125,7 @@ class RequestRecord:
     decode: str
     stream: bool
     prompt_tokens_estimate: int
+    prompt_tokens_by: str = "estimate"
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     status: int = 0
@@ -128,24 +143,75 @@ class RequestRecord:
     not_resumed: str | None = None
     failures: list[FailureRecord] = field(default_factory=list)
     client_gone: bool = False
+    sent_s: float | None = None
+    prefill_queued_tokens: int = 0
+    prefill_requests: int = 0
+    prefill_cached_tokens: int = 0
+    decode_requests: int = 0
+    decode_kv_tokens: int = 0
+    decode_read_tokens: int = 0
     gaps_s: list[float] | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Return the record as plain values; gaps become their summary."""
-        self._summarise()
+        self.summarise_gaps()
         plain: dict[str, object] = msgspec.to_builtins(self)
         del plain["gaps_s"]
         return plain
 
     def line(self) -> bytes:
         """Return ``as_dict`` as JSON, without making the dictionary."""
-        self._summarise()
+        self.summarise_gaps()
         return msgspec.json.encode(self).removesuffix(_NO_GAPS) + b"}"
 
-    def _summarise(self) -> None:
-        gaps_s, self.gaps_s = self.gaps_s, None
-        if gaps_s is not None:
+    def summarise_gaps(self) -> None:
+        """Turn the gaps into their summary, once."""
+        gaps_s = self.gaps_s
+        if gaps_s is not None:  # two threads may be here at once: then both find the same
             self.itl = summarise(gaps_s)
+            self.gaps_s = None
+
+
+RECORD_KEYS = tuple(f.name for f in fields(RequestRecord) if f.name != "gaps_s")
+_RECORD_KEYS = frozenset(RECORD_KEYS)
+
+
+class RecordView(Mapping[str, object]):
+    """A record as plain values, made when they are asked for; nothing can be changed through it.
+
+    ``as_dict`` costs as much as all plugins that want two numbers of it.
+    """
+
+    __slots__ = ("_record",)
+
+    def __init__(self, record: RequestRecord) -> None:
+        self._record = record
+
+    def __getitem__(self, key: str) -> object:
+        if key not in _RECORD_KEYS:
+            raise KeyError(key)
+        if key == "itl":
+            self._record.summarise_gaps()
+        value: object = getattr(self._record, key)
+        if value is None or isinstance(value, (str, int, float)):
+            return value
+        return msgspec.to_builtins(value)
+
+    def get(self, key: str, default: object = None) -> object:
+        """Return a value without an exception for what is absent."""
+        return self[key] if key in _RECORD_KEYS else default
+
+    def __contains__(self, key: object) -> bool:
+        return key in _RECORD_KEYS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(RECORD_KEYS)
+
+    def __len__(self) -> int:
+        return len(RECORD_KEYS)
+
+    def __repr__(self) -> str:
+        return f"RecordView({dict(self)!r})"
 
 
 class RecordFile:

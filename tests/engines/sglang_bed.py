@@ -37,11 +37,12 @@ SERVERS = (
     ),
     Server("whole", "both", (0,), engine="sglang"),
     Server("vllm-prefill", "prefill", (0,)),
-    Server("vllm-decode", "decode", (1,)),
+    Server("vllm-decode", "decode", (1,), ("--block-size", "32")),
     Server("vllm-tiny", "prefill", (0,), model=MODELS / "tiny"),
 )
 """``whole`` is SGLang unsplit: it serves what cannot be split, and is what splits are compared
-with. ``vllm-decode`` serves whole requests as well. ``vllm-tiny`` has another model."""
+with. ``vllm-decode`` serves whole requests as well; its blocks hold 32 tokens, those of
+``vllm-prefill`` 128, as vLLM chooses on CPUs. ``vllm-tiny`` has another model."""
 
 POLICY = {
     "scheduler": {"split": {"min_prompt_tokens": 0}},

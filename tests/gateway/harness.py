@@ -194,7 +194,8 @@ class Stack:
         def lines() -> list[str]:
             if not self.records_path.exists():
                 return []
-            return self.records_path.read_text().splitlines()
+            text = self.records_path.read_text()
+            return text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written
 
         eventually(lambda: len(lines()) >= count, f"{count} records")
         return [json.loads(line) for line in lines()]
@@ -235,13 +236,15 @@ def build_stack(
     dialects: object | None = None,
     model: str | None = None,
     port_of: dict[str, int] | None = None,
+    scheduler: dict[str, object] | None = None,
+    kv_events: dict[str, str] | None = None,
     **roles: str,
 ) -> Stack:
     """Start engines and a gateway before them: ``p0="prefill", d0="decode"``."""
     roles = roles or {"p0": "prefill", "d0": "decode"}
     port = free_port()
     engines: dict[str, FakeEngine] = {}
-    workers = []
+    workers: list[dict[str, object]] = []
     for name, role in roles.items():
         engine = FakeEngine(
             model=(models or {}).get(name, "fake-model"),
@@ -256,12 +259,15 @@ def build_stack(
             stack.callback(engine.reporter.close)
         engines[name] = engine
         workers.append({"name": name, "url": engine.url, "role": role, "capacity": 1000})
+        if name in (kv_events or {}):
+            workers[-1]["kv_events"] = kv_events[name]
     policy = Policy.model_validate(
         {
             "model": model,
             "fleet": {"workers": workers},
             "scheduler": {
                 "split": {"min_prompt_tokens": min_prompt_tokens},
+                **(scheduler or {}),
             },
             "gateway": {"port": port, "probe_s": 0.1, "drain_s": 2.0, **(gateway or {})},
             "telemetry": {"report_wait_s": 0.2, **(telemetry or {})},

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from disagg_plugins.gateway.explanations import Explanation
 from disagg_plugins.gateway.fleet import FleetState, Work
 from disagg_plugins.gateway.server import Gateway
 from disagg_plugins.plugins import PluginHost
@@ -62,7 +63,7 @@ def decide(state: FleetState, body: Body, profile: RequestProfile = PROFILE) -> 
         )
         gateway = SimpleNamespace(fleet=state, _scheduler=Scheduler(host, policy))
         gateway._decide_alike = lambda *a: Gateway._decide_alike(cast("Any", gateway), *a)
-        return Gateway._decide(cast("Any", gateway), profile, body)
+        return Gateway._decide(cast("Any", gateway), Explanation(profile), body)
 
 
 @pytest.mark.parametrize("turn", range(2))

@@ -49,3 +49,27 @@ def test_keeps_requests_local_without_a_healthy_prefill_worker():
     sick = FleetView((PREFILL,), {"p": WorkerLoad(healthy=False)})
     assert decide(500, sick) == decide(500, FleetView((), {}))
     assert "no healthy prefill worker" in decide(500, sick).reason
+
+
+DECODES = tuple(Worker(n, f"http://127.0.0.1/{n}", "vllm", Role.DECODE) for n in ("d0", "d1"))
+
+
+@pytest.mark.parametrize(
+    ("cached", "split", "told"),
+    [
+        ({"d0": 450}, False, "about 500 less 450 that a decode worker holds, so 50 prompt tokens"),
+        ({"d0": 100, "d1": 300}, True, "less 300"),
+        ({"p": 450}, True, "about 500 prompt tokens, at least 100"),  # no decode worker
+        ({"gone": 450}, True, "about 500 prompt tokens, at least 100"),
+        ({"d0": 9000}, False, "so 0 prompt tokens"),
+    ],
+)
+def test_what_a_decode_worker_holds_already_does_not_count(cached, split, told):
+    decision = decide(500, FleetView((PREFILL, *DECODES), {}), cached_tokens=cached)
+    assert decision.split is split
+    assert told in decision.reason
+
+
+def test_what_a_sick_worker_holds_counts():
+    fleet = FleetView((PREFILL, *DECODES), {"d0": WorkerLoad(healthy=False)})
+    assert decide(500, fleet, cached_tokens={"d0": 450}).split

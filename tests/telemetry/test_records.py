@@ -14,7 +14,11 @@ import pytest
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.telemetry import records
 from disagg_plugins.telemetry.records import (
+    RECORD_KEYS,
+    FailureRecord,
+    HandoffRecord,
     RecordFile,
+    RecordView,
     RequestRecord,
     summarise,
 )
@@ -129,3 +133,38 @@ def test_line_is_the_dictionary_as_json() -> None:
     for gaps_s in (None, [0.1, 0.2]):
         line = record(gaps_s=gaps_s).line()
         assert msgspec.json.decode(line) == record(gaps_s=gaps_s).as_dict()
+
+
+def test_a_view_holds_what_the_dictionary_holds() -> None:
+    told = record(gaps_s=[0.1, 0.3])
+    told.handoff = HandoffRecord("h", bytes=7)
+    told.failures.append(FailureRecord("d0", "decode", "closed", "gone"))
+    view = RecordView(told)
+    assert dict(view) == told.as_dict()
+    assert list(view) == list(told.as_dict()) == list(RECORD_KEYS)
+    assert len(view) == len(RECORD_KEYS)
+    assert "decode" in view
+    assert "gaps_s" not in view
+    assert view.get("nothing", 3) == 3
+    with pytest.raises(KeyError):
+        view["as_dict"]
+
+
+def test_nothing_can_be_changed_through_a_view() -> None:
+    told = record()
+    told.handoff = HandoffRecord("h")
+    view = RecordView(told)
+    with pytest.raises(TypeError):
+        view["decode"] = "d1"  # type: ignore[index]
+    view["handoff"]["id"] = "other"  # type: ignore[index]
+    view["failures"].append("x")  # type: ignore[attr-defined]
+    assert view["handoff"]["id"] == "h"  # type: ignore[index]
+    assert view["failures"] == []
+
+
+def test_a_line_and_a_view_may_be_made_in_any_order() -> None:
+    for first in (lambda r: r.line(), lambda r: RecordView(r)["itl"]):
+        told = record(gaps_s=[0.5])
+        first(told)
+        assert json.loads(told.line())["itl"]["count"] == 1
+        assert RecordView(told)["itl"]["count"] == 1  # type: ignore[index]

@@ -13,11 +13,17 @@ import json
 import os
 import signal
 import time
+from contextlib import closing
 from typing import Any
 
 import pytest
 
+from disagg_kv_tcp.transport import TcpTransport
+from disagg_plugins.errors import AuthenticationError
+from disagg_plugins.handoff.endpoints import local_host_id
+from disagg_plugins.handoff.interfaces import Endpoint
 from disagg_plugins.handoff.tickets import new_handoff_id
+from disagg_plugins.testing.handoffs import Opened, RecordingSink, World
 from tests import parity
 from tests.corpus import prompts
 from tests.engines.client import AnswerError, Completion, complete
@@ -277,6 +283,34 @@ def test_a_request_from_no_gateway_is_refused_and_the_server_lives(
     for more in ({}, foreign):
         assert post(bed.urls[worker], "/v1/completions", body | more)[0] in (400, 500)
     assert split(bed, "Still there?", 4).usage["completion_tokens"] == 4
+
+
+def test_a_prefill_worker_with_another_secret_is_not_believed(bed: Testbed) -> None:
+    handoff_id = new_handoff_id()
+    with closing(World({"tcp": TcpTransport()})) as stranger:
+        stranger.open(handoff_id=handoff_id)
+        (endpoint,) = stranger.endpoints
+        there = [{**e, "addresses": dict(endpoint.addresses)} for e in endpoints_of(bed)]
+        code, answer = by_hand(bed, "decode", [41] * 40, handoff_id, endpoints=there)
+        assert code == 500
+        assert "secret" in json.dumps(answer)
+        assert stranger.outcomes() == {}
+    assert split(bed, "Still there?", 4).usage["completion_tokens"] == 4
+
+
+def test_a_decode_worker_with_another_secret_gets_nothing(bed: Testbed) -> None:
+    handoff_id, prompt = new_handoff_id(), [43] * 40
+    assert by_hand(bed, "prefill", prompt, handoff_id)[0] == 200
+    (told,) = endpoints_of(bed)
+    where = Endpoint(0, 1, local_host_id(), {"tcp": told["addresses"]["tcp"]})
+    sink = RecordingSink()
+    with closing(World({"tcp": TcpTransport()})) as stranger:
+        stranger.endpoints[:] = [where]
+        with pytest.raises(AuthenticationError, match="secret"):
+            stranger.load(Opened(handoff_id, ticket_of(handoff_id), [], []), sink)
+    assert sink.empty
+    code, _ = by_hand(bed, "decode", prompt, handoff_id, endpoints=endpoints_of(bed))
+    assert code == 200, "the handoff is still there for the worker it is meant for"
 
 
 def test_a_handoff_that_decode_never_takes_expires(bed: Testbed) -> None:

@@ -60,3 +60,21 @@ def test_a_kernel_that_mixes_heads_is_refused() -> None:
 
 def test_a_plain_cache_is_named_plain() -> None:
     assert packing_from_index("none", np.arange(64)).name == "plain"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_permutation_without_axes_is_moved_element_by_element(seed: int) -> None:
+    index = np.random.default_rng(seed).permutation(64)
+    packing = packing_from_index("odd", index)
+    assert packing.halves is None
+    plain = np.arange(128.0).reshape(2, 64)
+    np.testing.assert_array_equal(packing.pack(plain), plain[:, index])
+    np.testing.assert_array_equal(packing.unpack(packing.pack(plain)), plain)
+
+
+def test_halves_that_change_places_are_moved_element_by_element() -> None:
+    index = np.roll(np.arange(64), 32)
+    packing = packing_from_index("odd", index)
+    assert packing.halves is None
+    plain = np.arange(64.0).reshape(1, 64)
+    np.testing.assert_array_equal(packing.pack(plain), plain[:, index])

@@ -1,0 +1,72 @@
+"""What else its workers had to do while one request ran, for its record (sans-IO).
+
+A time says little without the load it was measured under.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Mapping
+
+    from disagg_plugins.gateway.timeline import Timeline
+    from disagg_plugins.telemetry.records import RequestRecord
+    from disagg_plugins.types import FleetView, Worker
+
+NOTHING_CACHED: Mapping[str, int] = MappingProxyType({})
+
+
+class Surroundings:
+    """The load around one request.
+
+    Args:
+        read_tokens: Prompt tokens read so far by each worker; shared by all requests.
+        cached_tokens: Prompt tokens that workers are believed to hold, by name.
+    """
+
+    __slots__ = ("_before", "_cached", "_decode", "_read_tokens")
+
+    def __init__(self, read_tokens: Counter[str], cached_tokens: Mapping[str, int]) -> None:
+        self._read_tokens = read_tokens
+        self._cached = cached_tokens
+        self._decode = ""
+        self._before = 0
+
+    def sent(
+        self, record: RequestRecord, times: Timeline, side: str, worker: Worker, fleet: FleetView
+    ) -> None:
+        """A call is about to be sent to ``worker``; ``fleet`` does not know of it yet."""
+        load = fleet.load(worker)
+        if record.sent_s is None:
+            record.sent_s = monotonic() - times.arrival_s
+        if side == "prefill" or record.route == "local":
+            record.prefill_queued_tokens = load.prompt_tokens
+            cached = self._cached.get(worker.name, 0)
+            record.prefill_cached_tokens = min(cached, record.prompt_tokens_estimate)
+        if side == "prefill":
+            record.prefill_requests = load.requests
+        else:
+            record.decode_requests = load.requests
+            record.decode_kv_tokens = load.kv_tokens
+            self._decode = worker.name
+
+    def read(self, record: RequestRecord, worker: str | None) -> None:
+        """``worker`` has read the prompt."""
+        if worker is not None:
+            fresh = record.prompt_tokens_estimate - record.prefill_cached_tokens
+            self._read_tokens[worker] += fresh
+
+    def answering(self, record: RequestRecord) -> None:
+        """The first token came: what is read there from now on holds this answer up."""
+        if record.route == "local":
+            self.read(record, self._decode)
+        self._before = self._read_tokens[self._decode]
+
+    def ended(self, record: RequestRecord) -> None:
+        """The request is over."""
+        if record.status == 200 and self._decode:
+            record.decode_read_tokens = self._read_tokens[self._decode] - self._before

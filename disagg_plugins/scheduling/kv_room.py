@@ -1,0 +1,42 @@
+"""Prefer the decode worker with the most room in its KV cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from disagg_plugins import hookimpl
+from disagg_plugins.types import FleetView, RequestProfile, Role, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXPECTED_OUTPUT_TOKENS = 256
+"""Of a request without a bound; the mean of chat traffic."""
+
+
+class KvRoom:
+    """Scores by the share of KV that is free once this request is there.
+
+    What the engine says it uses lags behind, and what this gateway sent knows nothing of other
+    gateways, so the fuller of the two counts. A worker of which neither is known gets no opinion.
+    """
+
+    @hookimpl
+    def disagg_score_workers(
+        self, profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
+    ) -> dict[str, float] | None:
+        """See ``hookspecs.disagg_score_workers``."""
+        if role is Role.PREFILL:
+            return None  # a prompt's KV stays there for a moment only
+        output = profile.max_output_tokens
+        need = profile.prompt_tokens + max(0, EXPECTED_OUTPUT_TOKENS if output is None else output)
+        scores = {}
+        for worker in workers:
+            load = fleet.load(worker)
+            used = load.kv_usage
+            if worker.kv_tokens:
+                sent = (load.kv_tokens + need) / worker.kv_tokens
+                used = sent if used is None else max(used, sent)
+            if used is not None:
+                scores[worker.name] = min(1.0, max(0.0, 1.0 - used))
+        return scores

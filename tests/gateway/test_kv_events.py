@@ -1,0 +1,140 @@
+"""Following engines' KV events, over real sockets at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from disagg_plugins.gateway.kv_events import KvEvents, Listening
+from disagg_plugins.scheduling.kv_blocks import BlockTree
+from disagg_plugins.scheduling.prefix_hashes import PrefixHasher
+from disagg_plugins.scheduling.prefix_index import PrefixIndex
+from tests.gateway.test_kv_event_messages import AllBlocksCleared, BlockRemoved, message, stored
+
+HASHER = PrefixHasher(b"key")
+PROMPT = [n % 7 for n in range(128)]
+BLOCKS = [stored(block_hashes=[1, 2], token_ids=PROMPT, block_size=64)]
+DEADLINE_S = 20.0
+
+
+@pytest.fixture
+def index():
+    return PrefixIndex(1000)
+
+
+@pytest.fixture
+def heard(index):
+    return Listening(BlockTree("w", index, HASHER, 1000))
+
+
+def claimed(index):
+    return dict(index.longest(HASHER.of_ids(PROMPT))).get("w", 0)
+
+
+def test_follows_what_is_stored_and_removed(heard, index):
+    heard.hear(message(5, *BLOCKS))
+    assert (claimed(index), heard.state) == (2, "listening")
+    heard.hear(message(6, BlockRemoved([2], "GPU")))
+    assert claimed(index) == 1
+    heard.hear(message(7, AllBlocksCleared()))
+    assert (claimed(index), heard.clears) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "why"), [(7, "batches were lost"), (0, "the engine started anew")]
+)
+def test_a_gap_or_a_restart_clears_and_knowledge_grows_from_there(
+    heard, index, caplog, number, why
+):
+    heard.hear(message(5, *BLOCKS))
+    tail = stored(block_hashes=[9], parent_block_hash=2, token_ids=PROMPT[:64], block_size=64)
+    heard.hear(message(number, tail))
+    assert (claimed(index), heard.clears) == (0, 1)
+    assert why in heard.problem
+    heard.hear(message(number + 1, *BLOCKS))
+    assert (claimed(index), heard.clears, heard.state) == (2, 1, "listening")
+    assert why in caplog.text
+
+
+def test_a_message_that_cannot_be_followed_clears(heard, index):
+    for wrong in ([b"junk"], message(6, stored(token_ids=[1], block_size=64))):
+        heard.hear(message(5, *BLOCKS))
+        heard.hear(wrong)
+        assert (claimed(index), heard.state) == (0, "cleared")
+        heard.next = None
+
+
+def test_a_lost_connection_clears_and_is_told_once(heard, index, caplog):
+    caplog.set_level(logging.WARNING, "disagg_plugins")
+    for _ in range(3):
+        heard.hear(message(5, *BLOCKS))
+        heard.lost()
+        assert (claimed(index), heard.state) == (0, "waiting")
+    assert caplog.text.count("not known any more") == 1
+    assert heard.as_dict()["clears"] == 3
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110  # it changes on this loop, between messages
+            await asyncio.sleep(0.01)
+
+
+def bind(context, port=0):
+    """Return an engine's publisher and its port."""
+    publisher = context.socket(zmq.XPUB)
+    publisher.setsockopt(zmq.LINGER, 0)
+    if port:
+        publisher.bind(f"tcp://127.0.0.1:{port}")
+        return publisher, port
+    return publisher, publisher.bind_to_random_port("tcp://127.0.0.1")
+
+
+async def follow_a_publisher(index) -> None:
+    context = zmq.asyncio.Context()
+    publisher, port = bind(context)
+    events = KvEvents({"w": f"tcp://127.0.0.1:{port}"}, index, HASHER)
+    heard = events.workers["w"]
+    task = asyncio.get_running_loop().create_task(events.run())
+    try:
+        await asyncio.wait_for(publisher.recv(), DEADLINE_S)  # the subscription
+        await publisher.send_multipart(message(0, *BLOCKS))
+        await until(lambda: claimed(index) == 2)
+        assert events.knows("w")
+        await publisher.send_multipart(message(2, *BLOCKS))
+        await until(lambda: heard.clears == 1 and events.knows("w"))
+
+        publisher.close()
+        await until(lambda: heard.state == "waiting")
+        assert claimed(index) == 0
+        assert not events.knows("w")
+
+        publisher, _ = bind(context, port)
+        await asyncio.wait_for(publisher.recv(), DEADLINE_S)
+        await publisher.send_multipart(message(0, *BLOCKS))
+        await until(lambda: claimed(index) == 2)
+
+        await publisher.send_multipart([b"", b"0" * 8, bytes(5 << 20)])
+        await until(lambda: heard.state == "waiting")  # too large: the peer is dropped
+        assert claimed(index) == 0
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        publisher.close()
+        context.destroy(linger=0)
+    assert task.cancelled()
+    assert claimed(index) == 0
+
+
+def test_a_real_publisher_is_followed_through_gaps_restarts_and_floods(index) -> None:
+    import uvloop
+
+    uvloop.run(follow_a_publisher(index))
+
+
+def test_nobody_to_listen_to_ends_at_once(index) -> None:
+    asyncio.run(KvEvents({}, index, HASHER).run())
