@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.gateway.client_connection import ClientConnection
 from disagg_plugins.gateway.dialect import HandoffRef
-from disagg_plugins.gateway.server import Gateway, Parts
+from disagg_plugins.gateway.parts import Parts
+from disagg_plugins.gateway.server import Gateway
 from disagg_plugins.gateway.token_counter import load_token_counter
 from disagg_plugins.handoff.tickets import mint
 from disagg_plugins.scheduling.decision import Scheduler

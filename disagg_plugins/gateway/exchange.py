@@ -9,42 +9,36 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
-from disagg_plugins.gateway.dialect import ResumingDialect
+from disagg_plugins.gateway.answers import Answers
+from disagg_plugins.gateway.chunks import passing, stripping
+from disagg_plugins.gateway.claims import Claims
+from disagg_plugins.gateway.containment import contained
 from disagg_plugins.gateway.fleet import Work, expected_output
-from disagg_plugins.gateway.openai import CHAT
-from disagg_plugins.gateway.refusals import RequestError, error_body
-from disagg_plugins.gateway.sse import (
-    OUTPUT,
-    OUTPUT_SPACED,
-    SseObserver,
-    StreamEnd,
-    carries_output,
-    failed_at_once,
-    read_answer,
-)
-from disagg_plugins.gateway.surroundings import NOTHING_CACHED, Surroundings
+from disagg_plugins.gateway.refusals import RequestError
+from disagg_plugins.gateway.resumption import Resumption
+from disagg_plugins.gateway.sse import SseObserver, carries_output, failed_at_once, read_answer
+from disagg_plugins.gateway.surroundings import Surroundings, record_of
 from disagg_plugins.gateway.timeline import Timeline
-from disagg_plugins.gateway.trail import MAX_PROMPT_TOKENS, Resumed, Trail, closing
 from disagg_plugins.gateway.upstream import Call
-from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded, header_value, post
-from disagg_plugins.telemetry.records import FailureRecord, RequestRecord
-from disagg_plugins.types import Decision, Disaggregated, Worker
+from disagg_plugins.gateway.wire import header_value, post
+from disagg_plugins.telemetry.records import FailureRecord
+from disagg_plugins.types import Disaggregated
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.client_connection import ClientConnection
-    from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef, Published
+    from disagg_plugins.gateway.dialect import HandoffRef, Published
     from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.gateway.wire import Header
+    from disagg_plugins.types import Decision, RequestProfile, Worker
 
 log = logging.getLogger(__name__)
 
@@ -63,23 +57,6 @@ FOREVER = float("inf")
 
 encode = msgspec.json.encode
 
-P = ParamSpec("P")
-
-
-def _contained(
-    method: Callable[Concatenate[Exchange, P], None],
-) -> Callable[Concatenate[Exchange, P], None]:
-    """Make a way into an exchange safe: whatever fails inside ends this request and no other."""
-
-    @functools.wraps(method)
-    def contained(self: Exchange, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            method(self, *args, **kwargs)
-        except Exception as exc:
-            self.abandon(exc)
-
-    return contained
-
 
 class Exchange:
     """One request on its way."""
@@ -91,37 +68,32 @@ class Exchange:
         parsed: ParsedRequest,
         decision: Decision,
         *,
-        request_id: str,
+        profile: RequestProfile,
         shared_headers: bytes,
         answer_headers: bytes,
-        arrival_s: float,
-        cached_tokens: Mapping[str, int] = NOTHING_CACHED,
     ) -> None:
         route = decision.route
-        self.surroundings = Surroundings(gateway.read_tokens, cached_tokens)
+        self.surroundings = Surroundings(gateway.read_tokens, profile.cached_tokens)
+        self.profile = profile
         self._gateway = gateway
         self._client = client.answering(self)
         self._parsed = parsed
-        self._decision = decision
         self._shared = shared_headers
-        self._answer_headers = answer_headers
         self._route = route
         self._decode = route.decode
         self._ref: HandoffRef | None = None
-        policy = gateway.policy.gateway
-        self._flow = f.Flow(policy.resumes if policy.resume and parsed.stream else 0)
-        self._trail: Trail | None = None
-        self._resumed: Resumed | None = None
-        self._why_not: str | None = None  # why nothing is kept to go on from
-        self._times = Timeline(arrival_s)
+        self._resumption = Resumption(parsed, gateway.policy.gateway)
+        self._flow = f.Flow(self._resumption.times)
+        self._times = Timeline(profile.arrival_s)
         self._calls: dict[str, Call] = {}
-        self._work_on: dict[str, tuple[str, Work]] = {}
+        self._claims = Claims(gateway.fleet)
         self._status: dict[str, int] = {}
         self._headers: dict[str, list[Header]] = {}
         self._bodies: dict[str, list[bytes]] = {"prefill": [], "decode": []}
         self._sizes_bytes = {"prefill": 0, "decode": 0}
         self._sse: SseObserver | None = None
         self._first = b""
+        self._streams = False  # the answer that began is a stream
         self._whole = False
         self._slow = False
         self._over = False
@@ -129,21 +101,10 @@ class Exchange:
         self._last = b""  # held back to be sent with the end of the answer
         self.prefill_deadline_s = FOREVER
         self.decode_deadline_s = FOREVER
-        self.record = RequestRecord(
-            request_id=request_id,
-            at_s=time.time(),
-            endpoint=parsed.endpoint,
-            model=parsed.model,
-            route="disaggregated" if isinstance(route, Disaggregated) else "local",
-            why=decision.reason,
-            prefill=route.prefill.name if isinstance(route, Disaggregated) else None,
-            decode=route.decode.name,
-            stream=parsed.stream,
-            prompt_tokens_estimate=parsed.prompt_tokens,
-            prompt_tokens_by=parsed.tokens_by,
-        )
+        self.record = record_of(parsed, decision, profile.request_id)
+        self._answers = Answers(self._client, answer_headers, self.record)
 
-    @_contained
+    @contained
     def begin(self) -> None:
         """Start: mint the handoff if there is one, make the first calls."""
         route = self._route
@@ -176,15 +137,13 @@ class Exchange:
             if started:
                 self._client.break_off(b"")
             else:
-                self.record.status = status
-                lines = self._lines([(b"content-type", b"application/json")])
-                self._client.answer(status, error_body(status, message, code=code), lines)
+                self._answers.error(status, message, code=code)
         finally:
             self._finish(f.Finish("broken" if started else "error"))
 
     # What happens
 
-    @_contained
+    @contained
     def client_gone(self) -> None:
         """The client closed its connection."""
         if self._delivered():
@@ -215,7 +174,7 @@ class Exchange:
             call.cancel()
         self._do(self._flow.on(f.DecodeEnded()))
 
-    @_contained
+    @contained
     def close(self) -> None:
         """The gateway closes: end what still runs; nothing will be heard of it any more."""
         if self._left:
@@ -223,7 +182,7 @@ class Exchange:
         else:
             self._do(self._flow.on(f.ClientGone()))
 
-    @_contained
+    @contained
     def client_slow(self, slow: bool) -> None:
         """Stop or go on reading the worker's answer."""
         call = self._calls.get("decode")
@@ -234,7 +193,7 @@ class Exchange:
         elif call is not None:
             call.resume()
 
-    @_contained
+    @contained
     def expire(self, now_s: float) -> None:
         """A deadline passed."""
         self._expire(now_s)
@@ -264,11 +223,10 @@ class Exchange:
             detail = f"nothing more within {policy.idle_s:g} s (policy key gateway.idle_s)"
             self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
         else:
-            key, bound_s = "first_byte_s", policy.first_byte_s
-            detail = f"no answer within {bound_s:g} s (policy key gateway.{key})"
+            detail = f"no answer within {policy.first_byte_s:g} s (policy key gateway.first_byte_s)"
             self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
 
-    @_contained
+    @contained
     def call_head(self, call: Call, status: int, headers: list[Header]) -> None:
         """The head of a worker's answer came."""
         self._status[call.side] = status
@@ -281,7 +239,7 @@ class Exchange:
                 call.cancel()
                 self._do(self._flow.on(f.DecodeFailed("garbage", "its answer is no stream")))
 
-    @_contained
+    @contained
     def call_data(self, call: Call, data: bytes) -> None:
         """Bytes of a worker's answer came."""
         if call.side == "prefill":
@@ -302,15 +260,7 @@ class Exchange:
         if self._sse is None or carries_output(data):
             self._times.stamp(now_s)
         if self._flow.state is f.State.STREAM:
-            if self._broke_inside(call, data):
-                return
-            data = self._outgoing(data)
-            if self._went_astray(call) or not data:
-                return
-            if call.last:
-                self._last = data
-            else:
-                self._client.write(data)
+            self._pass_on(call, data)
         elif self._sse is not None and (problem := failed_at_once(data)) is not None:
             call.cancel()
             self._do(self._flow.on(f.DecodeFailed("error_event", problem)))
@@ -318,59 +268,31 @@ class Exchange:
             self._first = data
             self._do(self._flow.on(f.DecodeStarted()))
 
-    def _chunk_taker(self, send: Callable[[bytes], None]) -> Callable[[bytes], None]:
-        """Return what forwards one chunk of whole events as it came: the hot path of streams."""
-        sse, stamp, trail = self._sse, self._times.stamp, self._trail
-        if sse is None:
-            raise LocalProtocolError("only streams have a fast path")
-        keep = sse.keep
-
-        def take(data: bytes) -> None:
-            if sse.part:
-                self.call_data(self._calls["decode"], data[data.find(b"\r\n") + 2 : -2])
+    def _pass_on(self, call: Call, data: bytes) -> None:
+        """Send whole events of an answer that has begun."""
+        resumption = self._resumption
+        data, failure = resumption.failure(data)
+        if data:
+            data = resumption.outgoing(data)
+            if self._went_astray(call):
                 return
-            send(data)
-            if OUTPUT in data or OUTPUT_SPACED in data:
-                stamp(monotonic())
-            keep(data)
-
-        if trail is None:
-            return take
-        strip = trail.take
-
-        def take_ids(data: bytes) -> None:
-            if sse.part or b'"token_ids":[' not in data:
-                self.call_data(self._calls["decode"], data[data.find(b"\r\n") + 2 : -2])
-                return
-            data = strip(data[data.find(b"\r\n") + 2 : -2])
-            send(b"%x\r\n%b\r\n" % (len(data), data))
-            stamp(monotonic())
-            keep(data)
-
-        return take_ids
-
-    def _outgoing(self, data: bytes) -> bytes:
-        """Return whole events as the client gets them."""
-        if self._resumed is not None:
-            return self._resumed.take(data)
-        return data if self._trail is None else self._trail.take(data)
-
-    def _broke_inside(self, call: Call, data: bytes) -> bool:
-        """Whether the worker tells in its stream that it failed, and the stream may go on."""
-        if self._trail is None or (problem := failed_at_once(data)) is None:
-            return False
-        call.cancel()
-        self._do(self._flow.on(f.DecodeFailed("error_event", problem)))
-        return True
+        if failure is not None:
+            self._client.write(data)
+            call.cancel()
+            self._do(self._flow.on(f.DecodeFailed("error_event", failure)))
+        elif call.last:
+            self._last = data
+        elif data:
+            self._client.write(data)
 
     def _went_astray(self, call: Call) -> bool:
         """Whether the next worker contradicts what the client has."""
-        if self._resumed is None or self._resumed.problem is None:
-            return False
-        call.cancel()
-        self.record.not_resumed = self._resumed.problem
-        self._do(self._flow.on(f.NotResumable(self._resumed.problem)))
-        return True
+        problem = self._resumption.problem
+        if problem is not None:
+            call.cancel()
+            self.record.not_resumed = problem
+            self._do(self._flow.on(f.NotResumable(problem)))
+        return problem is not None
 
     def _keep(self, call: Call, data: bytes, bound_bytes: int) -> None:
         side = call.side
@@ -387,7 +309,7 @@ class Exchange:
         call.cancel()
         self.call_failed(call, "garbage", f"its answer exceeds {bound_bytes} bytes")
 
-    @_contained
+    @contained
     def call_end(self, call: Call) -> None:
         """A worker's answer is complete."""
         if call.side == "prefill":
@@ -401,7 +323,7 @@ class Exchange:
         else:
             self._whole_end()
 
-    @_contained
+    @contained
     def call_failed(self, call: Call, kind: str, detail: str) -> None:
         """A worker's answer will never be complete."""
         if call.side == "prefill":
@@ -432,8 +354,8 @@ class Exchange:
             except RemoteProtocolError as exc:
                 self._do(self._flow.on(f.PrefillFailed("no_handoff", str(exc))))
                 return
-        self._bodies["prefill"] = []
-        self._succeeded("prefill")
+        del self._bodies["prefill"][:], self._calls["prefill"]
+        self._claims.succeeded("prefill")
         self.surroundings.read(self.record, self.record.prefill)
         self._do(self._flow.on(f.PrefillAnswered(published)))
 
@@ -447,7 +369,7 @@ class Exchange:
             return
         if sse.held:
             self._last += sse.rest()
-        self._succeeded("decode")
+        self._claims.succeeded("decode")
         self._do(self._flow.on(f.DecodeEnded()))
 
     def _whole_end(self) -> None:
@@ -461,7 +383,7 @@ class Exchange:
         self.record.output_tokens = said.output_tokens
         self._first, self._whole = body, True
         self._times.stamp(monotonic())
-        self._succeeded("decode")
+        self._claims.succeeded("decode")
         self._do(self._flow.on(f.DecodeStarted()))
         self._do(self._flow.on(f.DecodeEnded()))
 
@@ -489,7 +411,7 @@ class Exchange:
             return
         dialect = self._gateway.fleet.dialects[self._decode.engine]
         body = dialect.decode_body(self._parsed.body, self._ref, published)
-        body = self._with_trail(dialect, body)
+        body = self._resumption.body(dialect, self._decode, body)
         self._send("decode", self._decode, encode(body), self._decode_work(0))
 
     def _decode_work(self, prompt_tokens: int) -> Work:
@@ -500,7 +422,7 @@ class Exchange:
     def _send_local(self, command: f.Command) -> None:
         whole = self._decode.whole
         if isinstance(command, f.SendLocal) and (command.elsewhere or not whole):
-            other = self._gateway.another_decode(self.record.request_id, self._parsed, self._decode)
+            other = self._gateway.another_decode(self.profile, self._decode)
             if other is None and not (command.else_same and whole):
                 self._do(self._flow.on(f.NoWorker()))
                 return
@@ -509,178 +431,113 @@ class Exchange:
         parsed = self._parsed
         dialect = self._gateway.fleet.dialects.get(self._decode.engine)
         body = parsed.body if dialect is None else dialect.local_body(parsed.body)
-        body = self._with_trail(dialect, body)
+        body = self._resumption.body(dialect, self._decode, body)
         raw = parsed.raw if body is parsed.body else encode(body)
         self._send("decode", self._decode, raw, self._decode_work(parsed.prompt_tokens))
-
-    def _with_trail(self, dialect: Dialect | None, body: Body) -> Body:
-        """Return the body of a decode call that can go on elsewhere, if this request can."""
-        parsed, policy = self._parsed, self._gateway.policy.gateway
-        self._trail = None
-        if not parsed.stream or not policy.resume or not policy.resumes:
-            return body
-        if not isinstance(dialect, ResumingDialect):
-            self._why_not = f"{self._decode.engine} workers cannot go on with an answer"
-        elif parsed.opaque is not None:
-            self._why_not = parsed.opaque
-        elif parsed.prompt_tokens > MAX_PROMPT_TOKENS:
-            self._why_not = f"a prompt of more than {MAX_PROMPT_TOKENS} tokens"
-        else:
-            self._why_not = dialect.unresumable(parsed.body, chat=parsed.endpoint == CHAT)
-            if self._why_not is None:
-                self._trail = Trail()
-                return dialect.resumable_body(body)
-        return body
 
     def _resume(self, _: f.Command) -> None:
         if self._last:
             self._client.write(self._last)
             self._last = b""
-        event = self._resume_or_why_not()
-        if event is not None:
-            if isinstance(event, f.NotResumable):
-                self.record.not_resumed = event.why
-            self._do(self._flow.on(event))
+        missing = self._resumption.missing_end(self._sse)
+        if missing is not None:
+            self._last = missing
+            self._do(self._flow.on(f.AllSaid()))
+            return
+        why_not = self._resumption.obstacle() or self._go_on_elsewhere()
+        if why_not is not None:
+            self.record.not_resumed = why_not
+            self._do(self._flow.on(f.NotResumable(why_not)))
 
-    def _resume_or_why_not(self) -> f.Event | None:
-        """Call another worker, or return what keeps the answer from going on."""
-        trail, parsed = self._trail, self._parsed
-        if trail is None:
-            return f.NotResumable(self._why_not or "its events were not looked at")
-        said = self._sse.end() if self._sse is not None else StreamEnd()
-        if said.finish is not None:
-            options = parsed.body.get("stream_options")
-            usage = isinstance(options, dict) and bool(options.get("include_usage"))
-            usage = usage and said.output_tokens is None
-            self._last = closing(trail, usage=usage, chat=parsed.endpoint == CHAT)
-            return f.AllSaid()
-        if (why := trail.problem()) is not None:
-            return f.NotResumable(why)
-        request_id = self.record.request_id
-        other = self._gateway.another_decode(request_id, parsed, self._decode)
-        if other is None or not other.whole or other.engine != self._decode.engine:
-            return f.NotResumable("there is no other worker that can go on")
+    def _go_on_elsewhere(self) -> str | None:
+        """Ask another worker for the rest of the answer, or return why that cannot be."""
+        resumption, failed = self._resumption, self._decode
+        resumption.tried.append(failed.name)
+        other = self._gateway.another_decode(self.profile, failed, resumption.tried)
+        if other is None:
+            return "there is no other worker that can go on"
         dialect = self._gateway.fleet.dialects.get(other.engine)
-        if not isinstance(dialect, ResumingDialect):
-            return f.NotResumable(f"{other.engine} workers cannot go on with an answer")
-        if self._resumed is not None and self._resumed.owes:
-            return f.NotResumable("the worker that went on failed before it had caught up")
-        owed = trail.cut()
-        ids = trail.ids.tolist()
-        chat = parsed.endpoint == CHAT
         try:
-            body = dialect.resume_body(parsed.body, trail.prompt, ids, chat=chat)
+            body = resumption.next_body(dialect, other)
         except LocalProtocolError as exc:
-            return f.NotResumable(str(exc))
-        self._resumed = Resumed(trail, owed)
+            return str(exc)
         self._decode = other
         self.record.decode = other.name
-        tokens = len(trail.prompt) + len(ids)
-        self._send("decode", other, encode(body), self._decode_work(tokens))
+        self._send("decode", other, encode(body), self._decode_work(resumption.context_tokens))
         return None
 
     def _continue_answer(self, _: f.Command) -> None:
-        on = self._work_on.get("decode")
-        if on is not None:
-            self._work_on["decode"] = (on[0], self._gateway.fleet.prompt_read(*on))
-        call, data = self._calls["decode"], self._outgoing(self._first)
-        self._first = b""
-        if self._went_astray(call):
-            return
-        if call.last:
-            self._last = data
-        elif data:
-            self._client.write(data)
+        self._claims.prompt_read("decode")
+        call, data, self._first = self._calls["decode"], self._first, b""
         self._touch(time.monotonic())
         if self._slow:
             call.pause()
+        self._pass_on(call, data)
 
     def _send(self, side: str, worker: Worker, body: bytes, work: Work) -> None:
         gateway = self._gateway
         if side == "decode":
             self._sse = None
-            self.decode_deadline_s = time.monotonic() + gateway.policy.gateway.first_byte_s
+            self.decode_deadline_s = monotonic() + gateway.policy.gateway.first_byte_s
         self._bodies[side] = []
         self._sizes_bytes[side] = 0
         self.surroundings.sent(self.record, self._times, side, worker, gateway.fleet.view())
         gateway.fleet.begin(worker.name, work)
-        self._work_on[side] = (worker.name, work)
+        self._claims.note(side, worker.name, work)
         pool = gateway.pools[worker.name]
         path = self._parsed.endpoint.encode("ascii")
         call = Call(side, post(path, pool.host_header, self._shared, body), self)
         self._calls[side] = call
         pool.submit(call)
 
-    def _leave(self, side: str) -> None:
-        """The worker of ``side`` has no more work of this request."""
-        on = self._work_on.pop(side, None)
-        if on is not None:
-            self._gateway.fleet.end(*on)
-        self._calls.pop(side, None)
-
-    def _succeeded(self, side: str) -> None:
-        on = self._work_on.get(side)
-        if on is not None:
-            self._gateway.fleet.succeeded(on[0])
-        self._leave(side)
-
     def _start_answer(self, _: f.Command) -> None:
-        on = self._work_on.get("decode")
-        if on is not None:
-            self._work_on["decode"] = (on[0], self._gateway.fleet.prompt_read(*on))
+        self._claims.prompt_read("decode")
         self.record.status = 200
+        self._streams = self._sse is not None
         self.surroundings.answering(self.record)
-        lines = self._lines(self._headers["decode"])
+        lines = self._answers.lines(self._headers["decode"])
         if not self._whole and self._sse is not None:
-            self._first = self._outgoing(self._first)
+            self._first = self._resumption.outgoing(self._first)
         if self._whole:
             self._client.answer(200, self._first, lines)
         else:
             self._client.start(200, lines, self._first)
             self._touch(time.monotonic())
-            send = self._client.raw_writer() if self._sse is not None else None
-            if send is not None:
-                self._calls["decode"].pass_chunks(self._chunk_taker(send))
+            self._pass_chunks(self._calls["decode"])
         self._first = b""
 
-    def _lines(self, headers: list[Header]) -> bytes:
-        return forwarded(headers, NOT_DOWNSTREAM) + self._answer_headers
+    def _pass_chunks(self, call: Call) -> None:
+        """Let chunks of whole events go the short way, where client and worker allow it."""
+        sse, trail, stamp = self._sse, self._resumption.trail, self._times.stamp
+        send = self._client.raw_writer() if sse is not None else None
+        if sse is None or send is None:
+            return
+        slow = functools.partial(self.call_data, call)
+        if trail is None:
+            call.pass_chunks(passing(sse, stamp, send, slow))
+        else:
+            call.pass_chunks(stripping(trail, sse, stamp, send, slow))
 
     def _touch(self, now_s: float) -> None:
-        policy = self._gateway.policy.gateway
         if self._flow.state is f.State.STREAM:
-            self.decode_deadline_s = now_s + policy.idle_s
+            self.decode_deadline_s = now_s + self._gateway.policy.gateway.idle_s
 
     def _complete_answer(self, _: f.Command) -> None:
         if not self._whole:
             self._client.complete(self._last)
 
     def _break_answer(self, command: f.Command) -> None:
-        last = b""
-        if self._sse is not None and isinstance(command, f.BreakAnswer):
-            error = error_body(502, command.message, code="upstream_broke_off")
-            last = b"data: %b\n\n" % error
-        self._client.break_off(self._last + last)
+        if isinstance(command, f.BreakAnswer):
+            self._answers.break_off(self._last, command.message if self._streams else None)
 
     def _answer_verbatim(self, command: f.Command) -> None:
         side = command.side if isinstance(command, f.AnswerVerbatim) else "decode"
-        status, body = self._status[side], b"".join(self._bodies[side])
-        self.record.status = status
-        lines = self._lines(self._headers[side])
-        if not body.lstrip().startswith(b"{"):
-            body = error_body(status, f"the worker answered {status} without saying why")
-            lines = self._lines([(b"content-type", b"application/json")])
-        self._client.answer(status, body, lines)
+        body = b"".join(self._bodies[side])
+        self._answers.verbatim(self._status[side], self._headers[side], body)
 
     def _answer_error(self, command: f.Command) -> None:
-        if not isinstance(command, f.AnswerError):
-            return
-        self.record.status = command.status
-        lines = self._lines([(b"content-type", b"application/json")])
-        if command.status == 503:
-            lines += b"retry-after: 1\r\n"
-        body = error_body(command.status, command.message, code=command.code)
-        self._client.answer(command.status, body, lines)
+        if isinstance(command, f.AnswerError):
+            self._answers.error(command.status, command.message, code=command.code)
 
     def _cancel(self, command: f.Command) -> None:
         side = command.side if isinstance(command, f.Cancel) else "decode"
@@ -689,13 +546,13 @@ class Exchange:
             call.cancel()
         if side == "prefill":
             self.prefill_deadline_s = FOREVER
-        self._leave(side)
+        self._claims.leave(side)
+        self._calls.pop(side, None)
 
     def _note(self, command: f.Command) -> None:
         if not isinstance(command, f.Note):
             return
-        on = self._work_on.get(command.side)
-        worker = on[0] if on is not None else self.record.decode
+        worker = self._claims.worker(command.side) or self.record.decode
         self.record.failures.append(
             FailureRecord(worker, command.side, command.kind, command.detail[:300])
         )
@@ -706,8 +563,7 @@ class Exchange:
             return
         self._over = True
         outcome = command.outcome if isinstance(command, f.Finish) else "ok"
-        for side in list(self._work_on):
-            self._leave(side)
+        self._claims.leave_all()
         record, flow = self.record, self._flow
         record.outcome = outcome
         record.retries = flow.retries
@@ -719,9 +575,7 @@ class Exchange:
                 record.finish = said.finish
                 record.prompt_tokens = said.prompt_tokens
                 record.output_tokens = said.output_tokens
-            if self._trail is not None and self._resumed is not None:
-                record.prompt_tokens = len(self._trail.prompt)
-                record.output_tokens = len(self._trail.ids)
+            self._resumption.ended(record)
         finally:
             self._gateway.finished(self, self._times, self._ref)
             self._bodies.clear()

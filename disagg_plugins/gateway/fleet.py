@@ -8,7 +8,7 @@ fleet stays out, with the reason told.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -175,12 +175,12 @@ class FleetState:
             if self.states[worker.name].has_room:
                 self._count_room(self.states[worker.name])
 
-    def view_for(self, model: str, *, without: str | None = None) -> FleetView:
+    def view_for(self, model: str, *, without: Iterable[str] = ()) -> FleetView:
         """Return the fleet as far as it serves ``model``: not every engine refuses another name.
 
         Workers share the fleet's model; an adapter of it may be on some of them only.
         """
-        out = [] if without is None else [without]
+        out = list(without)
         if model != self.model():
             known = (name for name, state in self.states.items() if state.models)
             out += [name for name in known if model not in self.states[name].models]
