@@ -466,6 +466,10 @@ class GatewayPolicy(Section):
     )
     first_byte_s: Seconds = Field(default=120.0, description="First byte of a worker's answer.")
     idle_s: Seconds = Field(default=120.0, description="Longest silence inside an answer.")
+    resume: bool = Field(
+        default=True, description="Go on with a stream elsewhere when its decode worker dies."
+    )
+    resumes: int = Field(default=2, ge=0, description="How often one stream may go on elsewhere.")
     client_idle_s: Seconds = Field(default=75.0, description="Keep-alive of an idle client.")
     max_body_bytes: int = Field(
         default=4 * MIB, ge=1024, description="Largest request; reading 4 MiB takes up to 100 ms."

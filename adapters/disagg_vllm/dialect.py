@@ -26,6 +26,33 @@ TOKEN_IDS = "return_token_ids"
 """Asks vLLM for the answer's tokens: where decode runs on another engine, it goes on from them."""
 
 
+PARSED = (
+    "stop",
+    "tools",
+    "logprobs",
+    "top_logprobs",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "truncate_prompt_tokens",
+    "thinking_token_budget",
+    "repetition_detection",
+    "presence_penalty",
+    "frequency_penalty",
+    "vllm_xargs",
+    TOKEN_IDS,
+)
+"""Fields whose effect depends on where the answer began: text that is held back or parsed, and
+penalties that count the answer's tokens only. ``repetition_penalty`` counts the prompt's too."""
+
+COMPLETION_TOKENS = 16
+"""What vLLM 0.32 writes at most for a completion that names no bound
+(``CompletionRequest.max_tokens``)."""
+
+
 class VllmDialect:
     """vLLM 0.9 and later with ``DisaggConnector``."""
 
@@ -135,6 +162,52 @@ class VllmDialect:
     def role_switch(self, role: Role) -> tuple[str, Body] | None:
         """Return None: a server of vLLM with the connector does both phases all the time."""
         return None
+
+    def unresumable(self, body: Body, *, chat: bool) -> str | None:
+        """Return why another vLLM worker could not go on with the answer, or None."""
+        for key in PARSED:
+            if body.get(key):
+                return key
+        return not_splittable(body)
+
+    def resumable_body(self, body: Body) -> Body:
+        """Return ``body`` with the wish for token ids."""
+        return with_ids(body)
+
+    def resume_body(self, body: Body, prompt: list[int], ids: list[int], *, chat: bool) -> Body:
+        """Return the request for the rest.
+
+        Chat takes the prompt's ids in ``kv_transfer_params`` (vLLM's ``online_renderer.py``,
+        ``_reused_prompt_token_ids``); the messages are not rendered again.
+
+        Raises:
+            LocalProtocolError: The answer has reached its bound.
+        """
+        clean = with_ids(self.local_body(body))
+        bounded = False
+        for key in ("max_completion_tokens", "max_tokens"):
+            bound = body.get(key)
+            if isinstance(bound, int):
+                bounded = True
+                clean[key] = bound - len(ids)
+                if bound <= len(ids):
+                    raise LocalProtocolError(f"all {bound} tokens were written, the end is missing")
+        if not chat and not bounded:
+            clean["max_tokens"] = max(1, COMPLETION_TOKENS - len(ids))
+        if isinstance(least := body.get("min_tokens"), int):
+            clean["min_tokens"] = max(0, least - len(ids))
+        if chat:
+            clean[KEY] = {"prompt_token_ids": [*prompt, *ids]}
+        else:
+            clean["prompt"] = [*prompt, *ids]
+        return clean
+
+
+def with_ids(body: Body) -> Body:
+    """Return a copy of ``body`` that asks for token ids."""
+    clean = dict(body.items())
+    clean[TOKEN_IDS] = True
+    return clean
 
 
 def first_token(answer: Body) -> int:

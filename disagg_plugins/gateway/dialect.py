@@ -9,7 +9,7 @@ undecoded, so that a copy passes it on byte for byte.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,6 +125,36 @@ class Dialect(Protocol):
         """Return path and body of the request by which a running server takes ``role``.
 
         None: the engine's servers do both phases all the time, or cannot be told.
+        """
+        ...
+
+
+@runtime_checkable
+class ResumingDialect(Protocol):
+    """What a dialect adds whose engine can go on with an answer that another worker began.
+
+    The gateway asks a dialect without these methods for nothing: its streams break off.
+    """
+
+    def unresumable(self, body: Body, *, chat: bool) -> str | None:
+        """Return why an answer to ``body`` could not go on as if nothing had been, or None."""
+        ...
+
+    def resumable_body(self, body: Body) -> Body:
+        """Return a body, for either kind of decode call, that also asks for token ids."""
+        ...
+
+    def resume_body(self, body: Body, prompt: list[int], ids: list[int], *, chat: bool) -> Body:
+        """Return the body that asks a whole worker for what follows ``ids``.
+
+        Args:
+            body: The client's body.
+            prompt: The ids of the prompt.
+            ids: The ids of the answer so far.
+            chat: Whether the request is one for a chat completion.
+
+        Raises:
+            LocalProtocolError: The answer has reached its bound.
         """
         ...
 

@@ -9,32 +9,29 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
+from disagg_plugins.gateway.answers import Answers
+from disagg_plugins.gateway.chunks import passing, stripping
+from disagg_plugins.gateway.claims import Claims
+from disagg_plugins.gateway.containment import contained
 from disagg_plugins.gateway.fleet import expected_output
-from disagg_plugins.gateway.refusals import RequestError, error_body
-from disagg_plugins.gateway.sse import (
-    OUTPUT,
-    OUTPUT_SPACED,
-    SseObserver,
-    carries_output,
-    failed_at_once,
-    read_answer,
-)
-from disagg_plugins.gateway.surroundings import NOTHING_CACHED, Surroundings
+from disagg_plugins.gateway.refusals import RequestError
+from disagg_plugins.gateway.resumption import Resumption
+from disagg_plugins.gateway.sse import SseObserver, carries_output, failed_at_once, read_answer
+from disagg_plugins.gateway.surroundings import Surroundings, record_of
 from disagg_plugins.gateway.timeline import Timeline
 from disagg_plugins.gateway.upstream import Call
-from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded, header_value, post
+from disagg_plugins.gateway.wire import header_value, post
 from disagg_plugins.gateway.worker_state import Work
-from disagg_plugins.telemetry.records import FailureRecord, RequestRecord
-from disagg_plugins.types import Decision, Disaggregated, Worker
+from disagg_plugins.telemetry.records import FailureRecord
+from disagg_plugins.types import Disaggregated
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.client_connection import ClientConnection
@@ -42,6 +39,7 @@ if TYPE_CHECKING:
     from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.gateway.wire import Header
+    from disagg_plugins.types import Decision, RequestProfile, Worker
 
 log = logging.getLogger(__name__)
 
@@ -60,23 +58,6 @@ FOREVER = float("inf")
 
 encode = msgspec.json.encode
 
-P = ParamSpec("P")
-
-
-def _contained(
-    method: Callable[Concatenate[Exchange, P], None],
-) -> Callable[Concatenate[Exchange, P], None]:
-    """Make a way into an exchange safe: whatever fails inside ends this request and no other."""
-
-    @functools.wraps(method)
-    def contained(self: Exchange, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            method(self, *args, **kwargs)
-        except Exception as exc:
-            self.abandon(exc)
-
-    return contained
-
 
 class Exchange:
     """One request on its way."""
@@ -88,33 +69,32 @@ class Exchange:
         parsed: ParsedRequest,
         decision: Decision,
         *,
-        request_id: str,
+        profile: RequestProfile,
         shared_headers: bytes,
         answer_headers: bytes,
-        arrival_s: float,
-        cached_tokens: Mapping[str, int] = NOTHING_CACHED,
     ) -> None:
         route = decision.route
-        self.surroundings = Surroundings(gateway.read_tokens, cached_tokens)
+        self.surroundings = Surroundings(gateway.read_tokens, profile.cached_tokens)
+        self.profile = profile
         self._gateway = gateway
         self._client = client.answering(self)
         self._parsed = parsed
-        self._decision = decision
         self._shared = shared_headers
-        self._answer_headers = answer_headers
         self._route = route
         self._decode = route.decode
         self._ref: HandoffRef | None = None
-        self._flow = f.Flow()
-        self._times = Timeline(arrival_s)
+        self._resumption = Resumption(parsed, gateway.policy.gateway)
+        self._flow = f.Flow(self._resumption.times)
+        self._times = Timeline(profile.arrival_s)
         self._calls: dict[str, Call] = {}
-        self._work_on: dict[str, tuple[str, Work]] = {}
+        self._claims = Claims(gateway.fleet)
         self._status: dict[str, int] = {}
         self._headers: dict[str, list[Header]] = {}
         self._bodies: dict[str, list[bytes]] = {"prefill": [], "decode": []}
         self._sizes_bytes = {"prefill": 0, "decode": 0}
         self._sse: SseObserver | None = None
         self._first = b""
+        self._streams = False  # the answer that began is a stream
         self._whole = False
         self._slow = False
         self._over = False
@@ -122,21 +102,10 @@ class Exchange:
         self._last = b""  # held back to be sent with the end of the answer
         self.prefill_deadline_s = FOREVER
         self.decode_deadline_s = FOREVER
-        self.record = RequestRecord(
-            request_id=request_id,
-            at_s=time.time(),
-            endpoint=parsed.endpoint,
-            model=parsed.model,
-            route="disaggregated" if isinstance(route, Disaggregated) else "local",
-            why=decision.reason,
-            prefill=route.prefill.name if isinstance(route, Disaggregated) else None,
-            decode=route.decode.name,
-            stream=parsed.stream,
-            prompt_tokens_estimate=parsed.prompt_tokens,
-            prompt_tokens_by=parsed.tokens_by,
-        )
+        self.record = record_of(parsed, decision, profile.request_id)
+        self._answers = Answers(self._client, answer_headers, self.record)
 
-    @_contained
+    @contained
     def begin(self) -> None:
         """Start: mint the handoff if there is one, make the first calls."""
         route = self._route
@@ -169,15 +138,13 @@ class Exchange:
             if started:
                 self._client.break_off(b"")
             else:
-                self.record.status = status
-                lines = self._lines([(b"content-type", b"application/json")])
-                self._client.answer(status, error_body(status, message, code=code), lines)
+                self._answers.error(status, message, code=code)
         finally:
             self._finish(f.Finish("broken" if started else "error"))
 
     # What happens
 
-    @_contained
+    @contained
     def client_gone(self) -> None:
         """The client closed its connection."""
         if self._delivered():
@@ -208,7 +175,7 @@ class Exchange:
             call.cancel()
         self._do(self._flow.on(f.DecodeEnded()))
 
-    @_contained
+    @contained
     def close(self) -> None:
         """The gateway closes: end what still runs; nothing will be heard of it any more."""
         if self._left:
@@ -216,7 +183,7 @@ class Exchange:
         else:
             self._do(self._flow.on(f.ClientGone()))
 
-    @_contained
+    @contained
     def client_slow(self, slow: bool) -> None:
         """Stop or go on reading the worker's answer."""
         call = self._calls.get("decode")
@@ -227,7 +194,7 @@ class Exchange:
         elif call is not None:
             call.resume()
 
-    @_contained
+    @contained
     def expire(self, now_s: float) -> None:
         """A deadline passed."""
         self._expire(now_s)
@@ -260,7 +227,7 @@ class Exchange:
             detail = f"no answer within {policy.first_byte_s:g} s (policy key gateway.first_byte_s)"
             self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
 
-    @_contained
+    @contained
     def call_head(self, call: Call, status: int, headers: list[Header]) -> None:
         """The head of a worker's answer came."""
         self._status[call.side] = status
@@ -269,8 +236,11 @@ class Exchange:
             kind = header_value(headers, b"content-type") or b""
             if status == 200 and kind.startswith(b"text/event-stream"):
                 self._sse = SseObserver()
+            elif status == 200 and self._flow.state is f.State.RESUME:
+                call.cancel()
+                self._do(self._flow.on(f.DecodeFailed("garbage", "its answer is no stream")))
 
-    @_contained
+    @contained
     def call_data(self, call: Call, data: bytes) -> None:
         """Bytes of a worker's answer came."""
         if call.side == "prefill":
@@ -291,10 +261,7 @@ class Exchange:
         if self._sse is None or carries_output(data):
             self._times.stamp(now_s)
         if self._flow.state is f.State.STREAM:
-            if call.last:
-                self._last = data
-            else:
-                self._client.write(data)
+            self._pass_on(call, data)
         elif self._sse is not None and (problem := failed_at_once(data)) is not None:
             call.cancel()
             self._do(self._flow.on(f.DecodeFailed("error_event", problem)))
@@ -302,23 +269,31 @@ class Exchange:
             self._first = data
             self._do(self._flow.on(f.DecodeStarted()))
 
-    def _chunk_taker(self, send: Callable[[bytes], None]) -> Callable[[bytes], None]:
-        """Return what forwards one chunk of whole events as it came: the hot path of streams."""
-        sse, stamp = self._sse, self._times.stamp
-        if sse is None:
-            raise LocalProtocolError("only streams have a fast path")
-        keep = sse.keep
-
-        def take(data: bytes) -> None:
-            if sse.part:
-                self.call_data(self._calls["decode"], data[data.find(b"\r\n") + 2 : -2])
+    def _pass_on(self, call: Call, data: bytes) -> None:
+        """Send whole events of an answer that has begun."""
+        resumption = self._resumption
+        data, failure = resumption.failure(data)
+        if data:
+            data = resumption.outgoing(data)
+            if self._went_astray(call):
                 return
-            send(data)
-            if OUTPUT in data or OUTPUT_SPACED in data:
-                stamp(monotonic())
-            keep(data)
+        if failure is not None:
+            self._client.write(data)
+            call.cancel()
+            self._do(self._flow.on(f.DecodeFailed("error_event", failure)))
+        elif call.last:
+            self._last = data
+        elif data:
+            self._client.write(data)
 
-        return take
+    def _went_astray(self, call: Call) -> bool:
+        """Whether the next worker contradicts what the client has."""
+        problem = self._resumption.problem
+        if problem is not None:
+            call.cancel()
+            self.record.not_resumed = problem
+            self._do(self._flow.on(f.NotResumable(problem)))
+        return problem is not None
 
     def _keep(self, call: Call, data: bytes, bound_bytes: int) -> None:
         side = call.side
@@ -335,7 +310,7 @@ class Exchange:
         call.cancel()
         self.call_failed(call, "garbage", f"its answer exceeds {bound_bytes} bytes")
 
-    @_contained
+    @contained
     def call_end(self, call: Call) -> None:
         """A worker's answer is complete."""
         if call.side == "prefill":
@@ -349,7 +324,7 @@ class Exchange:
         else:
             self._whole_end()
 
-    @_contained
+    @contained
     def call_failed(self, call: Call, kind: str, detail: str) -> None:
         """A worker's answer will never be complete."""
         if call.side == "prefill":
@@ -380,8 +355,8 @@ class Exchange:
             except RemoteProtocolError as exc:
                 self._do(self._flow.on(f.PrefillFailed("no_handoff", str(exc))))
                 return
-        self._bodies["prefill"] = []
-        self._succeeded("prefill")
+        del self._bodies["prefill"][:], self._calls["prefill"]
+        self._claims.succeeded("prefill")
         self.surroundings.read(self.record, self.record.prefill)
         self._do(self._flow.on(f.PrefillAnswered(published)))
 
@@ -395,7 +370,7 @@ class Exchange:
             return
         if sse.held:
             self._last += sse.rest()
-        self._succeeded("decode")
+        self._claims.succeeded("decode")
         self._do(self._flow.on(f.DecodeEnded()))
 
     def _whole_end(self) -> None:
@@ -409,7 +384,7 @@ class Exchange:
         self.record.output_tokens = said.output_tokens
         self._first, self._whole = body, True
         self._times.stamp(monotonic())
-        self._succeeded("decode")
+        self._claims.succeeded("decode")
         self._do(self._flow.on(f.DecodeStarted()))
         self._do(self._flow.on(f.DecodeEnded()))
 
@@ -436,8 +411,9 @@ class Exchange:
         if self._ref is None:
             return
         dialect = self._gateway.fleet.dialects[self._decode.engine]
-        body = encode(dialect.decode_body(self._parsed.body, self._ref, published))
-        self._send("decode", self._decode, body, self._decode_work(0))
+        body = dialect.decode_body(self._parsed.body, self._ref, published)
+        body = self._resumption.body(dialect, self._decode, body)
+        self._send("decode", self._decode, encode(body), self._decode_work(0))
 
     def _decode_work(self, prompt_tokens: int) -> Work:
         """Return what this request asks of a decode worker that reads ``prompt_tokens`` itself."""
@@ -447,7 +423,7 @@ class Exchange:
     def _send_local(self, command: f.Command) -> None:
         whole = self._decode.whole
         if isinstance(command, f.SendLocal) and (command.elsewhere or not whole):
-            other = self._gateway.another_decode(self.record.request_id, self._parsed, self._decode)
+            other = self._gateway.another_decode(self.profile, self._decode)
             if other is None and not (command.else_same and whole):
                 self._do(self._flow.on(f.NoWorker()))
                 return
@@ -456,91 +432,111 @@ class Exchange:
         parsed = self._parsed
         dialect = self._gateway.fleet.dialects.get(self._decode.engine)
         body = parsed.body if dialect is None else dialect.local_body(parsed.body)
+        body = self._resumption.body(dialect, self._decode, body)
         raw = parsed.raw if body is parsed.body else encode(body)
         self._send("decode", self._decode, raw, self._decode_work(parsed.prompt_tokens))
+
+    def _resume(self, _: f.Command) -> None:
+        if self._last:
+            self._client.write(self._last)
+            self._last = b""
+        missing = self._resumption.missing_end(self._sse)
+        if missing is not None:
+            self._last = missing
+            self._do(self._flow.on(f.AllSaid()))
+            return
+        why_not = self._resumption.obstacle() or self._go_on_elsewhere()
+        if why_not is not None:
+            self.record.not_resumed = why_not
+            self._do(self._flow.on(f.NotResumable(why_not)))
+
+    def _go_on_elsewhere(self) -> str | None:
+        """Ask another worker for the rest of the answer, or return why that cannot be."""
+        resumption, failed = self._resumption, self._decode
+        resumption.tried.append(failed.name)
+        other = self._gateway.another_decode(self.profile, failed, resumption.tried)
+        if other is None:
+            return "there is no other worker that can go on"
+        dialect = self._gateway.fleet.dialects.get(other.engine)
+        try:
+            body = resumption.next_body(dialect, other)
+        except LocalProtocolError as exc:
+            return str(exc)
+        self._decode = other
+        self.record.decode = other.name
+        self._send("decode", other, encode(body), self._decode_work(resumption.context_tokens))
+        return None
+
+    def _continue_answer(self, _: f.Command) -> None:
+        self._claims.prompt_read("decode")
+        call, data, self._first = self._calls["decode"], self._first, b""
+        self._touch(time.monotonic())
+        if self._slow:
+            call.pause()
+        self._pass_on(call, data)
 
     def _send(self, side: str, worker: Worker, body: bytes, work: Work) -> None:
         gateway = self._gateway
         if side == "decode":
             self._sse = None
-            self.decode_deadline_s = time.monotonic() + gateway.policy.gateway.first_byte_s
+            self.decode_deadline_s = monotonic() + gateway.policy.gateway.first_byte_s
         self._bodies[side] = []
         self._sizes_bytes[side] = 0
         self.surroundings.sent(self.record, self._times, side, worker, gateway.fleet.view())
-        pool, work = gateway.members.give(worker, work)
-        self._work_on[side] = (worker.name, work)
+        pool, given = gateway.members.give(worker, work)
+        self._claims.note(side, worker.name, given)
         path, host = self._parsed.endpoint.encode("ascii"), pool.host_header
         self._calls[side] = call = Call(side, post(path, host, self._shared, body), self)
         pool.submit(call)
 
-    def _leave(self, side: str) -> None:
-        """The worker of ``side`` has no more work of this request."""
-        on = self._work_on.pop(side, None)
-        if on is not None:
-            self._gateway.fleet.end(*on)
-        self._calls.pop(side, None)
-
-    def _succeeded(self, side: str) -> None:
-        on = self._work_on.get(side)
-        if on is not None:
-            self._gateway.fleet.succeeded(on[0])
-        self._leave(side)
-
     def _start_answer(self, _: f.Command) -> None:
-        on = self._work_on.get("decode")
-        if on is not None:
-            self._work_on["decode"] = (on[0], self._gateway.fleet.prompt_read(*on))
+        self._claims.prompt_read("decode")
         self.record.status = 200
+        self._streams = self._sse is not None
         self.surroundings.answering(self.record)
-        lines = self._lines(self._headers["decode"])
+        lines = self._answers.lines(self._headers["decode"])
+        if not self._whole and self._sse is not None:
+            self._first = self._resumption.outgoing(self._first)
         if self._whole:
             self._client.answer(200, self._first, lines)
         else:
             self._client.start(200, lines, self._first)
             self._touch(time.monotonic())
-            send = self._client.raw_writer() if self._sse is not None else None
-            if send is not None:
-                self._calls["decode"].pass_chunks(self._chunk_taker(send))
+            self._pass_chunks(self._calls["decode"])
         self._first = b""
 
-    def _lines(self, headers: list[Header]) -> bytes:
-        return forwarded(headers, NOT_DOWNSTREAM) + self._answer_headers
+    def _pass_chunks(self, call: Call) -> None:
+        """Let chunks of whole events go the short way, where client and worker allow it."""
+        sse, trail, stamp = self._sse, self._resumption.trail, self._times.stamp
+        send = self._client.raw_writer() if sse is not None else None
+        if sse is None or send is None:
+            return
+        slow = functools.partial(self.call_data, call)
+        if trail is None:
+            call.pass_chunks(passing(sse, stamp, send, slow))
+        else:
+            call.pass_chunks(stripping(trail, sse, stamp, send, slow))
 
     def _touch(self, now_s: float) -> None:
-        policy = self._gateway.policy.gateway
         if self._flow.state is f.State.STREAM:
-            self.decode_deadline_s = now_s + policy.idle_s
+            self.decode_deadline_s = now_s + self._gateway.policy.gateway.idle_s
 
     def _complete_answer(self, _: f.Command) -> None:
         if not self._whole:
             self._client.complete(self._last)
 
     def _break_answer(self, command: f.Command) -> None:
-        last = b""
-        if self._sse is not None and isinstance(command, f.BreakAnswer):
-            error = error_body(502, command.message, code="upstream_broke_off")
-            last = b"data: %b\n\n" % error
-        self._client.break_off(self._last + last)
+        if isinstance(command, f.BreakAnswer):
+            self._answers.break_off(self._last, command.message if self._streams else None)
 
     def _answer_verbatim(self, command: f.Command) -> None:
         side = command.side if isinstance(command, f.AnswerVerbatim) else "decode"
-        status, body = self._status[side], b"".join(self._bodies[side])
-        self.record.status = status
-        lines = self._lines(self._headers[side])
-        if not body.lstrip().startswith(b"{"):
-            body = error_body(status, f"the worker answered {status} without saying why")
-            lines = self._lines([(b"content-type", b"application/json")])
-        self._client.answer(status, body, lines)
+        body = b"".join(self._bodies[side])
+        self._answers.verbatim(self._status[side], self._headers[side], body)
 
     def _answer_error(self, command: f.Command) -> None:
-        if not isinstance(command, f.AnswerError):
-            return
-        self.record.status = command.status
-        lines = self._lines([(b"content-type", b"application/json")])
-        if command.status == 503:
-            lines += b"retry-after: 1\r\n"
-        body = error_body(command.status, command.message, code=command.code)
-        self._client.answer(command.status, body, lines)
+        if isinstance(command, f.AnswerError):
+            self._answers.error(command.status, command.message, code=command.code)
 
     def _cancel(self, command: f.Command) -> None:
         side = command.side if isinstance(command, f.Cancel) else "decode"
@@ -549,13 +545,13 @@ class Exchange:
             call.cancel()
         if side == "prefill":
             self.prefill_deadline_s = FOREVER
-        self._leave(side)
+        self._claims.leave(side)
+        self._calls.pop(side, None)
 
     def _note(self, command: f.Command) -> None:
         if not isinstance(command, f.Note):
             return
-        on = self._work_on.get(command.side)
-        worker = on[0] if on is not None else self.record.decode
+        worker = self._claims.worker(command.side) or self.record.decode
         self.record.failures.append(
             FailureRecord(worker, command.side, command.kind, command.detail[:300])
         )
@@ -566,11 +562,11 @@ class Exchange:
             return
         self._over = True
         outcome = command.outcome if isinstance(command, f.Finish) else "ok"
-        for side in list(self._work_on):
-            self._leave(side)
+        self._claims.leave_all()
         record, flow = self.record, self._flow
         record.outcome = outcome
         record.retries = flow.retries
+        record.resumes = flow.resumes
         self.prefill_deadline_s = self.decode_deadline_s = FOREVER
         try:
             if self._sse is not None:
@@ -578,6 +574,7 @@ class Exchange:
                 record.finish = said.finish
                 record.prompt_tokens = said.prompt_tokens
                 record.output_tokens = said.output_tokens
+            self._resumption.ended(record)
         finally:
             self._gateway.finished(self, self._times, self._ref)
             self._bodies.clear()
@@ -588,6 +585,8 @@ _EXECUTE = {
     f.SendPrefill: Exchange._send_prefill,
     f.SendDecode: Exchange._send_decode,
     f.SendLocal: Exchange._send_local,
+    f.Resume: Exchange._resume,
+    f.ContinueAnswer: Exchange._continue_answer,
     f.StartAnswer: Exchange._start_answer,
     f.CompleteAnswer: Exchange._complete_answer,
     f.BreakAnswer: Exchange._break_answer,

@@ -9,7 +9,7 @@ health probe is kept in use: slow or failing is better than nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -218,12 +218,12 @@ class FleetState:
         (self._kept.add if kept else self._kept.discard)(name)
         self._renew(name)
 
-    def view_for(self, model: str, *, without: str | None = None) -> FleetView:
+    def view_for(self, model: str, *, without: Iterable[str] = ()) -> FleetView:
         """Return the fleet as far as it serves ``model``: not every engine refuses another name.
 
         Workers share the fleet's model; an adapter of it may be on some of them only.
         """
-        out = [] if without is None else [without]
+        out = list(without)
         if model != self.model():
             known = (name for name, state in self.states.items() if state.models)
             out += [name for name in known if model not in self.states[name].models]

@@ -11,7 +11,10 @@ Rules, all of which live in this file:
 * Decode fails before a byte of its answer reached the client: one retry without the handoff, on
   another decode worker where there is one. A 4xx that follows an accepted prefill is retried on
   the same worker: what differs is the handoff. Then the client gets a clear error.
-* Decode fails later: the stream is broken off visibly. Nothing is ever repeated to a client.
+* Decode fails later: the stream goes on from the tokens already sent, on another decode worker,
+  ``resumes`` times at most. An answer whose finish reason was sent is completed instead. Where
+  neither can be done the stream is broken off visibly, saying why. Nothing is ever repeated to a
+  client. A resumed call that is refused counts like one that failed.
 * The client goes: both upstream calls are cancelled at once.
 * Every request ends with exactly one ``Finish``; after it, events have no effect.
 
@@ -43,6 +46,7 @@ class State(Enum):
     BOTH = "both"
     DECODE = "decode"
     STREAM = "stream"
+    RESUME = "resume"
     DONE = "done"
 
 
@@ -109,6 +113,18 @@ class NoWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class NotResumable:
+    """``Resume`` could not be done, and why."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class AllSaid:
+    """``Resume`` found that the client has the whole answer but for its end mark."""
+
+
+@dataclass(frozen=True, slots=True)
 class ClientGone:
     """The client closed its connection."""
 
@@ -123,6 +139,8 @@ Event = (
     | DecodeRejected
     | DecodeFailed
     | NoWorker
+    | NotResumable
+    | AllSaid
     | ClientGone
 )
 
@@ -153,6 +171,16 @@ class SendLocal:
 
     elsewhere: bool = False
     else_same: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Call another decode worker to go on from the tokens already sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContinueAnswer:
+    """Send the bytes at hand after those already sent; more bytes follow them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +243,8 @@ Command = (
     SendPrefill
     | SendDecode
     | SendLocal
+    | Resume
+    | ContinueAnswer
     | StartAnswer
     | CompleteAnswer
     | BreakAnswer
@@ -235,9 +265,13 @@ STATUS_OF = {"refused": 503, "unreachable": 503, "gone": 503, "drained": 503, "t
 class Flow:
     """The state of one request.
 
+    Args:
+        resumes: How often a stream may go on elsewhere; 0: it breaks off.
+
     Attributes:
         state: Where it is.
-        retries: Decode calls beyond the first.
+        retries: Decode calls beyond the first, before an answer began.
+        resumes: Decode calls after one failed inside its answer.
         handoff: Whether the decode call in progress carries the handoff.
         fell_back: Why the handoff was given up, or None.
     """
@@ -246,13 +280,17 @@ class Flow:
         "_last_failure",
         "_prefill_open",
         "_rejected",
+        "_resumes_left",
         "fell_back",
         "handoff",
+        "resumes",
         "retries",
         "state",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, resumes: int = 0) -> None:
+        self._resumes_left = resumes
+        self.resumes = 0
         self.state = State.NEW
         self.retries = 0
         self.handoff = False
@@ -383,16 +421,37 @@ class Flow:
         return [self._error(), Finish("error")]
 
     def _broken(self, event: Event) -> list[Command]:
-        self.state = State.DONE
+        if isinstance(event, DecodeRejected):
+            event = DecodeFailed(f"http_{event.status}", f"a decode worker answered {event.status}")
         if not isinstance(event, DecodeFailed):
             raise LocalProtocolError(f"not a decode failure: {event!r}")
-        return [
+        self._last_failure = event
+        over: list[Command] = [
             Note("decode", event.kind, event.detail),
             Cancel("decode"),
             *self._cancel_prefill(),
-            BreakAnswer(f"the answer broke off: {event.detail}"),
-            Finish("broken"),
         ]
+        if self._resumes_left > 0:
+            self._resumes_left -= 1
+            self.state = State.RESUME
+            return [*over, Resume()]
+        self.state = State.DONE
+        return [*over, BreakAnswer(f"the answer broke off: {event.detail}"), Finish("broken")]
+
+    def _resumed(self, event: Event) -> list[Command]:
+        self.state = State.STREAM
+        self.resumes += 1
+        return [ContinueAnswer()]
+
+    def _not_resumable(self, event: Event) -> list[Command]:
+        self.state = State.DONE
+        why = event.why if isinstance(event, NotResumable) else "no other worker can go on"
+        message = f"the answer broke off: {self._last_failure.detail}; it was not resumed: {why}"
+        return [Cancel("decode"), BreakAnswer(message), Finish("broken")]
+
+    def _all_said(self, event: Event) -> list[Command]:
+        self.state = State.DONE
+        return [CompleteAnswer(), Finish("ok")]
 
     def _client_gone(self, event: Event) -> list[Command]:
         was, self.state = self.state, State.DONE
@@ -441,4 +500,12 @@ _TABLE: Mapping[tuple[State, type], Handler] = {
     (State.STREAM, PrefillRejected): _F._prefill_late,
     (State.STREAM, PrefillFailed): _F._prefill_late,
     (State.STREAM, ClientGone): _F._client_gone,
+    (State.STREAM, NotResumable): _F._not_resumable,
+    (State.RESUME, DecodeStarted): _F._resumed,
+    (State.RESUME, DecodeRejected): _F._broken,
+    (State.RESUME, DecodeFailed): _F._broken,
+    (State.RESUME, NoWorker): _F._not_resumable,
+    (State.RESUME, NotResumable): _F._not_resumable,
+    (State.RESUME, AllSaid): _F._all_said,
+    (State.RESUME, ClientGone): _F._client_gone,
 }

@@ -6,29 +6,23 @@ import asyncio
 import contextlib
 import functools
 import logging
-import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.gateway import admin, endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
-from disagg_plugins.gateway.counting import WaitsForCount
-from disagg_plugins.gateway.entrance import SHUTTING_DOWN, Entrance, Pending, Ways, tenant_of
-from disagg_plugins.gateway.exchange import Exchange
-from disagg_plugins.gateway.explanations import Explanation, Explanations
+from disagg_plugins.gateway.entrance import Entrance, Ways
+from disagg_plugins.gateway.explanations import Explanations
 from disagg_plugins.gateway.fleet import FleetState
 from disagg_plugins.gateway.fleet_keeper import FleetKeeper
-from disagg_plugins.gateway.openai import CHAT, COMPLETIONS, ParsedRequest, parse_request
+from disagg_plugins.gateway.intake import Intake
+from disagg_plugins.gateway.openai import CHAT, COMPLETIONS
 from disagg_plugins.gateway.prompts import Prompts
-from disagg_plugins.gateway.refusals import RequestError, error_body
-from disagg_plugins.gateway.sessions import session_of
-from disagg_plugins.gateway.slo_classes import slo_class_of
-from disagg_plugins.gateway.wire import header_value, request_id, upstream_headers
-from disagg_plugins.policy import SloClass
+from disagg_plugins.gateway.refusals import error_body
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
 from disagg_plugins.telemetry.records import RecordView
@@ -36,11 +30,13 @@ from disagg_plugins.telemetry.reports import report_key
 from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProfile, Worker
 
 if TYPE_CHECKING:
+    from disagg_plugins.gateway.counting import WaitsForCount
     from disagg_plugins.gateway.dialect import Body, HandoffRef
+    from disagg_plugins.gateway.exchange import Exchange
+    from disagg_plugins.gateway.explanations import Explanation
     from disagg_plugins.gateway.parts import Parts
     from disagg_plugins.gateway.pool import WorkerPool
     from disagg_plugins.gateway.timeline import Timeline
-    from disagg_plugins.gateway.token_counter import Counting, Ids
     from disagg_plugins.policy import Policy
     from disagg_plugins.scheduling.trace import Trace
     from disagg_plugins.telemetry.records import RequestRecord
@@ -53,8 +49,6 @@ RECENT = 1000
 FLUSH_S = 0.5
 """How often records are written."""
 
-NO_SLO = SloClass()
-
 POOL_SWEEP_S = 5.0
 
 GONE = ("refused", "unreachable")
@@ -62,9 +56,6 @@ GONE = ("refused", "unreachable")
 
 CLOSING_S = 1.0
 """How long the end waits for sockets that were told to close."""
-
-EXPLAIN = b"x-disagg-explain"
-"""A request with this header is answered with one that tells what decided its route."""
 
 RECORDS_S = 5.0
 """How long the end waits for the disk that takes the last records."""
@@ -119,13 +110,14 @@ class Gateway:
         self.draining = False
         self._changed = asyncio.Event()
         self._scheduler = parts.scheduler
+        self.intake = Intake(self)
         ways = Ways(
-            self._decide,
-            self._begin,
-            self._refuse_waiting,
+            self.decide,
+            self.intake.begin,
+            self.intake.refuse_waiting,
             parts.scheduler.queue_score,
             self.fleet.view,
-            self._changed.set,
+            self.changed,
         )
         self.entrance = Entrance(policy.scheduler, self.metrics, ways)
         self.fleet.on_freed = self.entrance.freed
@@ -220,186 +212,12 @@ class Gateway:
         self.metrics.count("disagg_client_errors", (str(status),))
         client.answer(status, error_body(status, message, code=code), JSON + lines)
 
-    def infer(self, request: Request, client: ClientConnection) -> None:
-        """Route one completion or chat request."""
-        now_s = time.monotonic()
-        name = request_id(request.headers)
-        try:
-            parsed = parse_request(
-                request.path.partition(b"?")[0].decode("ascii"),
-                request.body,
-                chars_per_token=self.policy.scheduler.chars_per_token,
-            )
-            self._check_model(parsed)
-            self._check_room()
-            tenant = tenant_of(request.headers, parsed.tenant)
-            session = session_of(request.headers, parsed.body)
-            if session is not None or tenant != parsed.tenant:
-                parsed = replace(parsed, session=session, tenant=tenant)
-        except (RequestError, NoCapacityError) as exc:
-            self._refused(client, exc, b"x-request-id: %b\r\n" % name.encode("ascii"))
-            return
-        counting = self.prompts.counting(parsed)
-        ids = counting.ids() if counting is not None and counting.short else None
-        if counting is not None and not counting.short:
+    def decide(self, explanation: Explanation, body: Body) -> Decision:
+        """Return the route of a request, and keep why.
 
-            def go_on(ids: Ids | None) -> None:
-                try:
-                    self._route(request, client, parsed, ids, name, now_s)
-                except Exception:
-                    log.exception("a request could not be handled")
-                    self.refuse(
-                        client, 500, "the gateway failed; its log says why", code="internal"
-                    )
-
-            if self._count(client, counting, go_on):
-                return
-        self._route(request, client, parsed, ids, name, now_s)
-
-    def _count(
-        self, client: ClientConnection, counting: Counting, go_on: Callable[[Ids | None], None]
-    ) -> bool:
-        """Begin to count a prompt on a thread; False when that cannot be done now."""
-        counter = self.prompts.counter
-        if counter is None:
-            return False
-
-        def ended(waits: WaitsForCount) -> None:
-            self.counting.discard(waits)
-            self._changed.set()
-
-        waits = WaitsForCount(counter, go_on, ended)
-        if not waits.begin(client, counting, self.policy.scheduler.tokenizer_s):
-            return False
-        self.counting.add(waits)
-        return True
-
-    def _route(
-        self,
-        request: Request,
-        client: ClientConnection,
-        parsed: ParsedRequest,
-        ids: Ids | None,
-        name: str,
-        now_s: float,
-    ) -> None:
-        """Route a request whose prompt is counted, and begin it, or let it wait."""
-        lines = b"x-request-id: %b\r\n" % name.encode("ascii")
-        explained = header_value(request.headers, EXPLAIN) is not None
-        explanation: Explanation | None = None
-        try:
-            parsed = self.prompts.read(parsed, ids, parsed.model not in (None, self.fleet.model()))
-            profile = self._profile(
-                name, parsed, now_s, slo_class_of(request.headers, self.policy.scheduler)
-            )
-            explanation = self.explanations.begin(profile)
-            shared = upstream_headers(request.headers, name)
-            pending = Pending(client, parsed, explanation, shared, lines, explained)
-            decision = self.entrance.admit(pending)
-        except (RequestError, NoCapacityError) as exc:
-            more = b""
-            if explanation is not None and isinstance(exc, NoCapacityError):
-                explanation.refused = exc.problem
-                more = _explain_line(explanation) if explained else b""
-            self._refused(client, exc, lines, more)
-            return
-        if decision is not None:
-            self._begin(pending, decision)
-
-    def _refuse_waiting(self, pending: Pending, exc: NoCapacityError) -> None:
-        pending.explanation.refused = exc.problem
-        more = _explain_line(pending.explanation) if pending.explained else b""
-        self._refused(pending.client, exc, pending.answer_headers, more)
-
-    def _begin(self, pending: Pending, decision: Decision, queue_s: float = 0.0) -> None:
-        """Begin a request that was admitted."""
-        profile, explanation = pending.profile, pending.explanation
-        self.prompts.routed(profile, decision.route)
-        lines = pending.answer_headers
-        try:
-            exchange = Exchange(
-                self,
-                pending.client,
-                pending.parsed,
-                decision,
-                request_id=profile.request_id,
-                shared_headers=pending.shared_headers,
-                answer_headers=lines + (_explain_line(explanation) if pending.explained else b""),
-                arrival_s=profile.arrival_s,
-                cached_tokens=profile.cached_tokens,
-            )
-        except BaseException:
-            self.entrance.failed(pending)
-            raise
-        self.entrance.began(exchange, profile.tenant)
-        exchange.record.queue_s = queue_s
-        explanation.record = exchange.record
-        self.active.add(exchange)
-        exchange.begin()
-
-    def _refused(
-        self,
-        client: ClientConnection,
-        exc: RequestError | NoCapacityError,
-        lines: bytes,
-        more: bytes = b"",
-    ) -> None:
-        if isinstance(exc, RequestError):
-            self.metrics.count("disagg_client_errors", (str(exc.status),))
-            client.answer(exc.status, exc.body(), JSON + lines)
-            return
-        lines += b"retry-after: %d\r\n" % max(1, math.ceil(exc.retry_after_s))
-        self.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines + more)
-
-    def _check_model(self, parsed: ParsedRequest) -> None:
-        if parsed.model is not None and not self.fleet.knows_model(parsed.model):
-            served = ", ".join(self.fleet.served_models())
-            raise RequestError(
-                404,
-                f"the model {parsed.model[:200]!r} is not served here; served: {served}",
-                code="model_not_found",
-                param="model",
-            )
-
-    def _check_room(self) -> None:
-        if self.draining:
-            raise NoCapacityError(SHUTTING_DOWN, retry_after_s=5.0)
-        bound = self.policy.gateway.max_requests
-        if len(self.active) + len(self.counting) + len(self.entrance) >= bound:
-            raise NoCapacityError(
-                f"{bound} requests are in flight (policy key gateway.max_requests)",
-                retry_after_s=1.0,
-            )
-
-    def _profile(
-        self, name: str, parsed: ParsedRequest, now_s: float, slo_class: str | None = None
-    ) -> RequestProfile:
-        slo = self.policy.scheduler.slo_classes.get(slo_class or "", NO_SLO)
-        why = parsed.opaque
-        for dialect in self.fleet.dialects_here():
-            why = why or dialect.unsplittable(parsed.body)
-        return RequestProfile(
-            request_id=name,
-            endpoint=parsed.endpoint,
-            model=parsed.model or self.fleet.model() or "",
-            prompt_tokens=parsed.prompt_tokens,
-            prompt_tokens_exact=parsed.tokens_by != "estimate",
-            max_output_tokens=parsed.max_output_tokens,
-            stream=parsed.stream,
-            unsplittable=why,
-            prefix_hashes=parsed.prefix_hashes,
-            tenant=parsed.tenant,
-            arrival_s=now_s,
-            slo_class=slo_class,
-            ttft_slo_s=slo.ttft_s,
-            tpot_slo_s=slo.tpot_s,
-            priority=slo.priority,
-            session=parsed.session,
-            tokens_by=parsed.tokens_by,
-            cached_tokens=self.prompts.cached_tokens(parsed),
-        )
-
-    def _decide(self, explanation: Explanation, body: Body) -> Decision:
+        Raises:
+            NoCapacityError: No worker can take it.
+        """
         profile, trace = explanation.profile, explanation.trace
         view = self.fleet.view_for(profile.model)
         decision = self._scheduler.decide(profile, view, trace)
@@ -430,22 +248,33 @@ class Gateway:
             self._told_problems.add(problem)
             log.warning("requests are not split: %s", problem)
 
-    def another_decode(self, name: str, parsed: ParsedRequest, failed: Worker) -> Worker | None:
-        """Return a decode worker other than ``failed`` for a retry, or None."""
-        profile = replace(
-            self._profile(name, parsed, time.monotonic()),
-            unsplittable=f"a retry after worker {failed.name} failed",
-            admitted=True,
+    def another_decode(
+        self, profile: RequestProfile, failed: Worker, tried: Sequence[str] | None = None
+    ) -> Worker | None:
+        """Return a decode worker other than ``failed``, or None.
+
+        Args:
+            profile: The request.
+            failed: Who failed at it.
+            tried: Only a worker can be returned that could go on with an answer which ``failed``
+                began, and that is none of these; None: the answer begins anew.
+        """
+        again = replace(
+            profile, unsplittable=f"a retry after worker {failed.name} failed", admitted=True
         )
+        without = [failed.name]
+        if tried is not None:
+            others = (w for w in self.fleet.workers if not w.whole or w.engine != failed.engine)
+            without += [*tried, *(w.name for w in others)]
         try:
-            view = self.fleet.view_for(profile.model, without=failed.name)
-            explanation = self.explanations.of(name)
+            view = self.fleet.view_for(profile.model, without=without)
+            explanation = self.explanations.of(profile.request_id)
             trace = None if explanation is None else explanation.trace
-            decision = self._scheduler.decide(profile, view, trace)
+            decision = self._scheduler.decide(again, view, trace)
         except NoCapacityError:
             return None
         other = decision.route.decode
-        return None if other.name == failed.name else other
+        return None if other.name in without else other
 
     def worker_failed(self, worker: str, side: str, kind: str, detail: str) -> None:
         """Count a failed call and let the worker's health know."""
@@ -473,6 +302,8 @@ class Gateway:
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))
+            if record.resumes:
+                count("disagg_resumed", (), record.resumes)
             if record.retries:
                 count("disagg_retries", (), record.retries)
         finally:
@@ -541,6 +372,10 @@ class Gateway:
     def left(self, client: ClientConnection) -> None:
         """A client connection is closed."""
         self.connections.discard(client)
+        self.changed()
+
+    def changed(self) -> None:
+        """Something that the end waits for may be over."""
         self._changed.set()
 
     async def _until(self, done: Callable[[], bool], end_s: float) -> None:
@@ -594,15 +429,16 @@ def _reason_label(why: str) -> str:
     return " ".join("N" if any(c.isdigit() for c in word) else word for word in head.split())[:100]
 
 
-def _explain_line(explanation: Explanation) -> bytes:
-    return b"x-disagg-explain: %b\r\n" % explanation.header()
+def infer(gateway: Gateway, request: Request, client: ClientConnection) -> None:
+    """Route one completion or chat request."""
+    gateway.intake.infer(request, client)
 
 
 GET = (b"GET", b"HEAD")
 POST = (b"POST",)
 _ROUTES: Mapping[bytes, tuple[tuple[bytes, ...], Handler]] = {
-    COMPLETIONS.encode(): (POST, Gateway.infer),
-    CHAT.encode(): (POST, Gateway.infer),
+    COMPLETIONS.encode(): (POST, infer),
+    CHAT.encode(): (POST, infer),
     b"/v1/models": (GET, endpoints.models),
     b"/health": (GET, endpoints.health),
     b"/ready": (GET, endpoints.ready),

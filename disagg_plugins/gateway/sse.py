@@ -100,7 +100,7 @@ class SseObserver:
             output = said.output_tokens if output is None else output
             error = error or said.error
             finish = said.finish
-            if finish is not None or error is not None:
+            if finish is not None:  # an error event may follow it
                 break
         return StreamEnd(finish, prompt, output, error)
 

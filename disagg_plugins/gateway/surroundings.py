@@ -1,23 +1,41 @@
-"""What else its workers had to do while one request ran, for its record (sans-IO).
+"""The record of one request as it begins, and what else its workers had to do while it ran.
 
 A time says little without the load it was measured under.
 """
 
 from __future__ import annotations
 
-from time import monotonic
-from types import MappingProxyType
+from time import monotonic, time
 from typing import TYPE_CHECKING
+
+from disagg_plugins.telemetry.records import RequestRecord
+from disagg_plugins.types import Disaggregated
 
 if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Mapping
 
+    from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.timeline import Timeline
-    from disagg_plugins.telemetry.records import RequestRecord
-    from disagg_plugins.types import FleetView, Worker
+    from disagg_plugins.types import Decision, FleetView, Worker
 
-NOTHING_CACHED: Mapping[str, int] = MappingProxyType({})
+
+def record_of(parsed: ParsedRequest, decision: Decision, request_id: str) -> RequestRecord:
+    """Return the record of a request that is about to begin."""
+    route = decision.route
+    return RequestRecord(
+        request_id=request_id,
+        at_s=time(),
+        endpoint=parsed.endpoint,
+        model=parsed.model,
+        route="disaggregated" if isinstance(route, Disaggregated) else "local",
+        why=decision.reason,
+        prefill=route.prefill.name if isinstance(route, Disaggregated) else None,
+        decode=route.decode.name,
+        stream=parsed.stream,
+        prompt_tokens_estimate=parsed.prompt_tokens,
+        prompt_tokens_by=parsed.tokens_by,
+    )
 
 
 class Surroundings:

@@ -32,6 +32,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "disagg_tokens_recomputed": ("Prompt tokens of split requests that decode computed.", ()),
     "disagg_kv_bytes": ("KV bytes moved, by transport.", ("transport",)),
     "disagg_failures": ("Failed calls to workers.", ("worker", "side", "kind")),
+    "disagg_resumed": ("Streams that went on with another decode worker.", ()),
     "disagg_retries": ("Decode calls beyond the first of a request.", ()),
     "disagg_split_not_happening": (
         "Requests that were to be split and loaded no KV.",

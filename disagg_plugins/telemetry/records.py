@@ -139,6 +139,8 @@ class RequestRecord:
     handoff: HandoffRecord | None = None
     split: str = "no"
     retries: int = 0
+    resumes: int = 0
+    not_resumed: str | None = None
     failures: list[FailureRecord] = field(default_factory=list)
     client_gone: bool = False
     queue_s: float = 0.0

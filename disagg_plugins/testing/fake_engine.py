@@ -1,7 +1,9 @@
 """A fast pretend engine: speaks vLLM's HTTP, computes nothing, misbehaves on demand.
 
-Its tokens depend on the prompt only, so a split answer can be compared with a local one. It runs
-in a thread of its own (``with FakeEngine() as engine``) or as a process::
+Each token depends on the prompt and on every token before it, so a split answer can be compared
+with a local one, and an answer that goes on from wrong ids shows it. Asked for token ids it tells
+them, and it goes on with an answer whose ids follow those of its prompt. It runs in a thread of its
+own (``with FakeEngine() as engine``) or as a process::
 
     python -m disagg_plugins.testing.fake_engine --port 8101 --tokens 16
 
@@ -16,8 +18,7 @@ import socket
 import threading
 import time
 import zlib
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 import httptools
@@ -27,9 +28,11 @@ from disagg_plugins.errors import LocalProtocolError
 from disagg_plugins.handoff.tickets import verify
 from disagg_plugins.testing.course import Course
 from disagg_plugins.testing.leases import Leases
+from disagg_plugins.testing.seen import Seen
+from disagg_plugins.testing.tokens import Tokens, prompt_ids, read_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
     from types import TracebackType
 
     from disagg_plugins.telemetry.reports import Reporter
@@ -51,49 +54,40 @@ class Behaviour:
         status: Answer with this status and an error body.
         hang: Say nothing: at all (``head``), or after ``after_chunks`` chunks (``stream``).
         hang_after: Say nothing after the last token (``finish``) or the end mark (``DONE``).
-        close: Close the connection: at once (``head``), or after ``after_chunks`` (``stream``).
+        close: Close the connection: at once (``head``), or after ``after_chunks`` chunks
+            (``stream``), or inside the event that follows them (``event``).
         after_chunks: See ``hang`` and ``close``.
         garbage: Answer something that is not JSON (``body``) or not HTTP (``http``).
         no_params: A prefill answer without handoff parameters.
         no_done: End a stream without ``[DONE]``.
         error_event: Begin a stream with an error event of this code.
+        error_inside: End a stream with an error event of this code, after ``after_chunks`` chunks.
+        odd_chars: Every token but the first of three is a part of one character, as a byte is.
         first_s: Wait before answering, in seconds.
         chunk_s: Wait between chunks, in seconds.
         tokens: Tokens of an answer; None: what the request bounds, 8 without a bound.
         close_delimited: End answers by closing instead of framing them.
         times: Misbehave for so many requests only; None: always.
+        then: How later requests are answered; None: without fault.
     """
 
     status: int | None = None
     hang: Literal["head", "stream"] | None = None
     hang_after: Literal["finish", "DONE"] | None = None
-    close: Literal["head", "stream"] | None = None
+    close: Literal["head", "stream", "event"] | None = None
     after_chunks: int = 2
     garbage: Literal["body", "http"] | None = None
     no_params: bool = False
     no_done: bool = False
     error_event: int | None = None
+    error_inside: int | None = None
+    odd_chars: bool = False
     first_s: float = 0.0
     chunk_s: float = 0.0
     tokens: int | None = None
     close_delimited: bool = False
     times: int | None = None
-
-
-@dataclass(slots=True)
-class Seen:
-    """What the engine saw."""
-
-    requests: int = 0
-    prefills: int = 0
-    decodes: int = 0
-    locals: int = 0
-    completed: int = 0
-    aborted: int = 0
-    claimed: int = 0
-    not_claimed: int = 0
-    bodies: deque[Json] = field(default_factory=lambda: deque(maxlen=64))
-    headers: deque[dict[str, str]] = field(default_factory=lambda: deque(maxlen=64))
+    then: Behaviour | None = None
 
 
 class FakeEngine:
@@ -235,7 +229,9 @@ class FakeEngine:
         behaviour = self.behaviour
         if behaviour.times is not None:
             if behaviour.times <= 0:
-                return Behaviour(tokens=behaviour.tokens, chunk_s=behaviour.chunk_s)
+                return behaviour.then or Behaviour(
+                    tokens=behaviour.tokens, chunk_s=behaviour.chunk_s
+                )
             behaviour.times -= 1
         return behaviour
 
@@ -368,12 +364,11 @@ class _Connection(asyncio.Protocol):
         self._answer = answer
         self.later(answer.behaviour.first_s, answer.course.start)
 
-    def later(self, wait_s: float, do: object) -> None:
-        call = cast("_Callback", do)
+    def later(self, wait_s: float, do: Callable[[], None]) -> None:
         if wait_s > 0:
-            self._timer = asyncio.get_running_loop().call_later(wait_s, call)
+            self._timer = asyncio.get_running_loop().call_later(wait_s, do)
         else:
-            call()
+            do()
 
     def done(self) -> None:
         self.answering = False
@@ -401,8 +396,11 @@ class _Answer:
         self._seed = zlib.crc32(prompt)
         self._prompt_tokens = max(2, len(prompt) // 4)
         bound = self.behaviour.tokens or body.get("max_completion_tokens") or body.get("max_tokens")
-        self._tokens = min(bound if isinstance(bound, int) else 8, MAX_TOKENS_SERVED)
+        self._count = min(bound if isinstance(bound, int) else 8, MAX_TOKENS_SERVED)
         self._sent = 0
+        self._given: list[int] = []  # ids of the answer that came with the prompt
+        self._tokens = Tokens(self._seed, self._given)
+        self._go_on()
         pace = body.get("fake_chunk_s")
         self._chunk_s = pace if isinstance(pace, float) else self.behaviour.chunk_s
         params = body.get("kv_transfer_params")
@@ -415,15 +413,29 @@ class _Answer:
             self._params,
             prompt=prompt,
             prompt_tokens=self._prompt_tokens,
-            tokens=self._tokens,
+            tokens=self._count,
             stream=bool(body.get("stream")),
         )
+
+    def _go_on(self) -> None:
+        """Read a prompt that holds the ids of another one and of its answer so far."""
+        params = self._body.get("kv_transfer_params")
+        ids = params.get("prompt_token_ids") if isinstance(params, dict) else None
+        if not self._chat:
+            ids = self._body.get("prompt")
+        read = read_ids(ids)
+        if read is not None and isinstance(ids, list):
+            self._seed, self._given = read
+            self._prompt_tokens = len(ids)
+            if self.behaviour.tokens:
+                self._count = self.behaviour.tokens - len(self._given)
 
     def begin(self) -> None:
         engine, how = self._engine, self.behaviour
         prefill, decode = self.course.prefill, self.course.decode
         if self.course.kv is not None:
             self._seed = self.course.kv  # the KV of another prompt would answer that one
+        self._tokens = Tokens(self._seed, self._given, odd_chars=how.odd_chars)
         engine.seen.prefills += prefill
         engine.seen.decodes += decode
         engine.seen.locals += not prefill and not decode
@@ -464,11 +476,7 @@ class _Answer:
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n%b\r\n" % framing
         )
         if (code := self.behaviour.error_event) is not None:
-            error = {"message": "the KV did not come", "code": code}
-            self._write(b"data: %b\n\n" % msgspec.json.encode({"error": error}))
-            self._write(b"data: [DONE]\n\n")
-            self._to.done()
-            self._to.transport.write(b"0\r\n\r\n")
+            self._fail("the KV did not come", code)
             return
         self._chunk()
 
@@ -479,12 +487,9 @@ class _Answer:
     def _chunk(self) -> None:
         how = self.behaviour
         while True:
-            if how.close == "stream" and self._sent >= how.after_chunks:
-                self._to.transport.close()
+            if self._sent >= how.after_chunks and self._fails_inside():
                 return
-            if how.hang == "stream" and self._sent >= how.after_chunks:
-                return
-            if self._sent >= self._tokens:
+            if self._sent >= self._count:
                 self._end()
                 return
             ready = self.course.ready
@@ -492,13 +497,31 @@ class _Answer:
                 return
             pieces, upto = [], ready if self._engine.pacer is not None else self._sent + 1
             for at in range(self._sent, upto):
-                last = at == self._tokens - 1
-                pieces.append(self._event(self._token(at), "length" if last else None))
+                last = at == self._count - 1
+                pieces.append(self._event(at, "length" if last else None))
             self._write(b"".join(pieces))
             self._sent = upto
             if self._chunk_s > 0:
                 self._to.later(self._chunk_s, self._chunk)
                 return
+
+    def _fail(self, message: str, code: int) -> None:
+        error = {"error": {"message": message, "code": code}}
+        self._write(b"data: %b\n\ndata: [DONE]\n\n" % msgspec.json.encode(error))
+        self._to.done()
+        self._to.transport.write(b"0\r\n\r\n")
+
+    def _fails_inside(self) -> bool:
+        how = self.behaviour
+        if how.error_inside is not None:
+            self._fail("the engine died", how.error_inside)
+            return True
+        if how.close == "event":
+            event = self._event(self._sent, None)
+            self._write(event[: len(event) // 2])
+        if how.close in ("stream", "event"):
+            self._to.transport.close()
+        return how.close in ("stream", "event") or how.hang == "stream"
 
     def _end(self) -> None:
         if self.behaviour.hang_after == "finish":
@@ -522,24 +545,26 @@ class _Answer:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._to.transport.write(data)
 
-    def _token(self, index: int) -> str:
-        return f"t{(self._seed + index * 7919) % 49_152} "
-
-    def _event(self, text: str, finish: str | None) -> bytes:
+    def _event(self, index: int, finish: str | None) -> bytes:
+        text = self._tokens.text(index)
         key, value = ("delta", {"content": text}) if self._chat else ("text", text)
-        choice = {"index": 0, key: value, "finish_reason": finish}
+        choice: Json = {"index": 0, key: value, "finish_reason": finish}
+        if self._body.get("return_token_ids"):
+            choice["token_ids"] = [self._tokens.id(index)]
+            if index == 0:
+                choice["prompt_token_ids"] = prompt_ids(self._seed, self._prompt_tokens)
         event = {"id": "x", "object": "chunk", "model": self._engine.model, "choices": [choice]}
         return b"data: %b\n\n" % msgspec.json.encode(event)
 
     def _usage(self) -> Json:
         return {
             "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._tokens,
-            "total_tokens": self._prompt_tokens + self._tokens,
+            "completion_tokens": self._count,
+            "total_tokens": self._prompt_tokens + self._count,
         }
 
     def _whole(self, params: Json | None) -> Json:
-        text = "".join(self._token(i) for i in range(self._tokens))
+        text = "".join(self._tokens.text(i) for i in range(self._count))
         choice: Json = {"index": 0, "finish_reason": "length"}
         choice.update(
             {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
@@ -568,18 +593,7 @@ class _Answer:
         return {"disagg": record, "remote_prefill_cached_tokens": 0}
 
 
-class _Callback:
-    """The type of a callback, for ``cast``."""
-
-    def __call__(self) -> None: ...
-
-
-def main() -> None:
-    """Run one fake engine, or many, as a process until it is ended."""
+if __name__ == "__main__":
     from disagg_plugins.testing.fake_process import run
 
     run()
-
-
-if __name__ == "__main__":
-    main()

@@ -135,7 +135,6 @@ def test_whole_answer_that_breaks_off_inside_is_retried(build: Build) -> None:
     [
         (Behaviour(close="stream"), "closed"),
         (Behaviour(hang="stream"), "timeout"),
-        (Behaviour(no_done=True), "truncated"),
     ],
 )
 def test_stream_that_breaks_off_is_visible_to_the_client(

@@ -63,7 +63,7 @@ def decide(state: FleetState, body: Body, profile: RequestProfile = PROFILE) -> 
         )
         gateway = SimpleNamespace(fleet=state, _scheduler=Scheduler(host, policy))
         gateway._decide_alike = lambda *a: Gateway._decide_alike(cast("Any", gateway), *a)
-        return Gateway._decide(cast("Any", gateway), Explanation(profile), body)
+        return Gateway.decide(cast("Any", gateway), Explanation(profile), body)
 
 
 @pytest.mark.parametrize("turn", range(2))
@@ -91,7 +91,7 @@ def test_an_adapter_is_asked_only_of_workers_that_have_it() -> None:
     assert base.decode.name == "d"
     asked = replace(PROFILE, model="adapter")
     assert decide(state, {}, asked).route.decode.name == "v"
-    view = state.view_for("adapter", without="v")
+    view = state.view_for("adapter", without=["v"])
     assert [w.name for w in view.workers if view.load(w).healthy] == ["p"]
 
 

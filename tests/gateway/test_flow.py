@@ -9,6 +9,7 @@ import pytest
 
 from disagg_plugins.errors import LocalProtocolError
 from disagg_plugins.gateway.flow import (
+    AllSaid,
     AnswerError,
     AnswerVerbatim,
     BreakAnswer,
@@ -16,6 +17,7 @@ from disagg_plugins.gateway.flow import (
     ClientGone,
     Command,
     CompleteAnswer,
+    ContinueAnswer,
     DecodeEnded,
     DecodeFailed,
     DecodeRejected,
@@ -24,10 +26,12 @@ from disagg_plugins.gateway.flow import (
     Finish,
     Flow,
     Note,
+    NotResumable,
     NoWorker,
     PrefillAnswered,
     PrefillFailed,
     PrefillRejected,
+    Resume,
     SendDecode,
     SendLocal,
     SendPrefill,
@@ -67,6 +71,47 @@ def streaming() -> Script[Event, Command]:
 
 def test_relay_calls_prefill_then_decode_then_streams() -> None:
     streaming().on(DecodeEnded()).expect(CompleteAnswer(), Finish("ok"))
+
+
+def resuming(resumes: int = 1) -> Script[Event, Command]:
+    begun = Script(Flow(resumes)).on(Started(None)).expect(SendLocal())
+    return (
+        begun.on(DecodeStarted()).expect(StartAnswer())
+        .on(DecodeFailed("closed", "why"))
+        .expect(Note("decode", "closed", "why"), Cancel("decode"), Resume())
+    )  # fmt: skip
+
+
+def test_stream_whose_worker_fails_goes_on_and_completes() -> None:
+    resumed = resuming().on(DecodeStarted()).expect(ContinueAnswer())
+    resumed.on(DecodeEnded()).expect(CompleteAnswer(), Finish("ok"))
+
+
+def test_stream_that_was_all_said_is_completed() -> None:
+    resuming().on(AllSaid()).expect(CompleteAnswer(), Finish("ok"))
+
+
+def test_stream_that_cannot_go_on_breaks_off_and_says_why() -> None:
+    message = "the answer broke off: why; it was not resumed: a stop"
+    resuming().on(NotResumable("a stop")).expect(
+        Cancel("decode"), BreakAnswer(message), Finish("broken")
+    )
+
+
+def test_next_worker_that_refuses_counts_as_a_resume() -> None:
+    note = Note("decode", "http_500", "a decode worker answered 500")
+    once, twice = resuming(1), resuming(2)
+    once.on(DecodeRejected(500)).expect(
+        note,
+        Cancel("decode"),
+        BreakAnswer("the answer broke off: a decode worker answered 500"),
+        Finish("broken"),
+    )
+    twice.on(DecodeRejected(500)).expect(note, Cancel("decode"), Resume())
+
+
+def test_client_gone_while_the_next_worker_is_asked_cancels_it() -> None:
+    resuming().on(ClientGone()).expect(Cancel("decode"), Finish("client_gone"))
 
 
 def test_local_makes_one_call() -> None:
@@ -334,6 +379,8 @@ EVENTS: tuple[Event, ...] = (
     DecodeRejected(400),
     DecodeRejected(500),
     DecodeFailed("timeout", ""),
+    NotResumable("no other worker"),
+    AllSaid(),
     ClientGone(),
 )
 
@@ -344,20 +391,22 @@ class Executor:
     def __init__(self) -> None:
         self.open: set[str] = set()
         self.finished = 0
-        self.started = self.closed = 0
+        self.started = self.closed = self.continued = 0
 
     def run(self, commands: list[Command]) -> None:
         for command in commands:
             match command:
                 case SendPrefill():
                     self.open.add("prefill")
-                case SendDecode() | SendLocal():
+                case SendDecode() | SendLocal() | Resume():
                     assert "decode" not in self.open
                     self.open.add("decode")
                 case Cancel(side):
                     self.open.discard(side)
                 case StartAnswer():
                     self.started += 1
+                case ContinueAnswer():
+                    self.continued += 1
                 case CompleteAnswer() | BreakAnswer():
                     self.closed += 1
                 case AnswerVerbatim() | AnswerError():
@@ -378,13 +427,17 @@ class Executor:
                 return "decode" in self.open and state is not State.STREAM
             case DecodeFailed():
                 return "decode" in self.open
+            case NotResumable():  # at once, or when the next worker contradicts the first
+                return state is State.RESUME or (state is State.STREAM and self.continued > 0)
+            case AllSaid():
+                return state is State.RESUME
         return True
 
     def over(self, event: Event) -> None:
         match event:
             case PrefillAnswered() | PrefillRejected() | PrefillFailed():
                 self.open.discard("prefill")
-            case DecodeEnded() | DecodeRejected() | DecodeFailed():
+            case DecodeEnded() | DecodeRejected() | DecodeFailed() | NotResumable() | AllSaid():
                 self.open.discard("decode")
             case _:
                 pass
@@ -394,7 +447,8 @@ class Executor:
 def test_every_order_ends_once_with_no_call_left_open(seed: int) -> None:
     rng = random.Random(seed)
     for family, _ in itertools.product((None, "relay", "rendezvous"), range(150)):
-        flow, executor = Flow(), Executor()
+        resumes = rng.randrange(3)
+        flow, executor = Flow(resumes), Executor()
         executor.run(flow.on(Started(family)))  # type: ignore[arg-type]
         for _ in range(50):
             if flow.state is State.DONE:
@@ -408,5 +462,6 @@ def test_every_order_ends_once_with_no_call_left_open(seed: int) -> None:
         assert not executor.open
         assert executor.started <= 1
         assert flow.retries <= 1
+        assert flow.resumes == executor.continued <= resumes
         if not gone:
             assert executor.started == executor.closed == 1

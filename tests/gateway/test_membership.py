@@ -14,6 +14,7 @@ from disagg_plugins.gateway.admin import PATH
 from disagg_plugins.testing.fake_engine import Behaviour, FakeEngine
 from tests.gateway.harness import LONG, SECRET, SHORT, Stack, eventually
 from tests.gateway.test_admin import ask
+from tests.gateway.test_relay import text_of
 
 Build = Callable[..., Stack]
 SLOW = Behaviour(chunk_s=0.02)
@@ -114,12 +115,25 @@ def test_what_does_not_end_in_time_is_retried_elsewhere(build: Build) -> None:
 
 def test_a_stream_that_does_not_end_in_time_breaks_off_visibly(build: Build) -> None:
     hangs = Behaviour(hang="stream", after_chunks=2)
-    stack = build(gateway={"drain_s": 0.3}, d0="decode", d1="decode", behaviours={"d0": hangs})
+    brief = {"drain_s": 0.3, "resume": False}
+    stack = build(gateway=brief, d0="decode", d1="decode", behaviours={"d0": hangs})
     clients = [Client(stack), Client(stack)]
     eventually(lambda: stack.gateway.fleet.states["d0"].requests == 1, "one stream hangs")
     assert ask(stack, "DELETE", "d0")[0] == 202
     bodies = [client.end()[1] for client in clients]
     assert sum(b"upstream_broke_off" in body for body in bodies) == 1
+    stack.wait_idle()
+
+
+def test_a_stream_that_does_not_end_in_time_goes_on_at_another_worker(build: Build) -> None:
+    hangs = Behaviour(hang="stream", after_chunks=2)
+    stack = build(gateway={"drain_s": 0.3}, d0="decode", d1="decode", behaviours={"d0": hangs})
+    clients = [Client(stack), Client(stack)]
+    eventually(lambda: stack.gateway.fleet.states["d0"].requests == 1, "one stream hangs")
+    assert ask(stack, "DELETE", "d0")[0] == 202
+    first, second = (client.end()[1] for client in clients)
+    assert first.endswith(b"data: [DONE]\n\n")
+    assert text_of(first) == text_of(second)
     stack.wait_idle()
 
 

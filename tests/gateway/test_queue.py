@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from disagg_plugins import hookimpl
-from disagg_plugins.gateway.fleet import Work
 from disagg_plugins.testing.fake_engine import Behaviour
 from tests.gateway.harness import LONG, SHORT, Stack, VllmPlugin, eventually
 from tests.gateway.test_faults import free_port, kill, worker_process
@@ -21,6 +20,7 @@ from tests.gateway.test_faults import free_port, kill, worker_process
 if TYPE_CHECKING:
     from socket import socket
 
+    from disagg_plugins.gateway.worker_state import Work
     from disagg_plugins.types import RequestProfile
 
 Build = Callable[..., Stack]

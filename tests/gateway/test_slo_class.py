@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from disagg_plugins.gateway.intake import Intake
 from disagg_plugins.gateway.openai import parse_request
 from disagg_plugins.gateway.prompts import Prompts
 from disagg_plugins.gateway.refusals import RequestError
-from disagg_plugins.gateway.server import Gateway
 from disagg_plugins.gateway.slo_classes import slo_class_of
 from disagg_plugins.policy import Policy
 
@@ -66,10 +66,11 @@ def test_the_profile_holds_the_bounds_of_the_class() -> None:
     parsed = parse_request(
         "/v1/completions", json.dumps({"prompt": "hello"}).encode(), chars_per_token=4.0
     )
-    profile = Gateway._profile(gateway(slo_classes=CLASSES), "r", parsed, 1.0, "chat")  # type: ignore[arg-type]
+    intake = Intake(gateway(slo_classes=CLASSES))  # type: ignore[arg-type]
+    profile = intake.profile("r", parsed, 1.0, "chat")
     assert (profile.slo_class, profile.priority) == ("chat", 5)
     assert (profile.ttft_slo_s, profile.tpot_slo_s) == (0.5, 0.04)
-    bare = Gateway._profile(gateway(slo_classes=CLASSES), "r", parsed, 1.0)  # type: ignore[arg-type]
+    bare = intake.profile("r", parsed, 1.0)
     assert (bare.slo_class, bare.ttft_slo_s, bare.tpot_slo_s) == (None, None, None)
 
 

@@ -1,0 +1,61 @@
+"""The heads and the errors that the client of one request gets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from disagg_plugins.gateway.refusals import error_body
+from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from disagg_plugins.gateway.reply import Reply
+    from disagg_plugins.gateway.wire import Header
+    from disagg_plugins.telemetry.records import RequestRecord
+
+_JSON = ((b"content-type", b"application/json"),)
+
+
+class Answers:
+    """Answers of the gateway's own, and what stands before those of workers.
+
+    Args:
+        client: Who is answered.
+        own_lines: Lines of the gateway's own in every head.
+        record: Is told the status.
+    """
+
+    __slots__ = ("_client", "_own_lines", "_record")
+
+    def __init__(self, client: Reply, own_lines: bytes, record: RequestRecord) -> None:
+        self._client = client
+        self._own_lines = own_lines
+        self._record = record
+
+    def lines(self, headers: Sequence[Header]) -> bytes:
+        """Return the lines of a head that passes a worker's ``headers`` on."""
+        return forwarded(headers, NOT_DOWNSTREAM) + self._own_lines
+
+    def verbatim(self, status: int, headers: Sequence[Header], body: bytes) -> None:
+        """Answer what a worker answered that is no success."""
+        if not body.lstrip().startswith(b"{"):
+            message = f"the worker answered {status} without saying why"
+            self.error(status, message, code=None)
+            return
+        self._record.status = status
+        self._client.answer(status, body, self.lines(headers))
+
+    def error(self, status: int, message: str, *, code: str | None) -> None:
+        """Answer with an error of the gateway's own."""
+        self._record.status = status
+        body = error_body(status, message, code=code)
+        again = b"retry-after: 1\r\n" if status == 503 else b""
+        self._client.answer(status, body, self.lines(_JSON) + again)
+
+    def break_off(self, last: bytes, message: str | None) -> None:
+        """End an answer visibly, a stream with an event that tells why."""
+        if message is not None:
+            error = error_body(502, message, code="upstream_broke_off")
+            last += b"data: %b\n\n" % error
+        self._client.break_off(last)

@@ -1,0 +1,57 @@
+"""Ids out of bytes: what is stripped, where an answer can go on, what is skipped."""
+
+from __future__ import annotations
+
+import json
+
+from disagg_plugins.gateway.trail import Resumed, Trail
+
+
+def event(text: str, ids: list[int], **more: object) -> bytes:
+    choice = {"index": 0, "text": text, "token_ids": ids, **more}
+    plain = {"id": "a", "choices": [choice]}
+    return b"data: " + json.dumps(plain, separators=(",", ":")).encode() + b"\n\n"
+
+
+def begun() -> Trail:
+    trail = Trail()
+    trail.take(event("A", [1], prompt_token_ids=[7, 8]))
+    return trail
+
+
+def test_ids_are_noted_and_taken_out() -> None:
+    trail = begun()
+    assert trail.prompt == [7, 8]
+    out = trail.take(event('say "token_ids":[3]', [2]))
+    assert json.loads(out[6:])["choices"][0] == {
+        "index": 0, "text": 'say "token_ids":[3]', "token_ids": None,
+    }  # fmt: skip
+    assert trail.ids.tolist() == [1, 2]
+
+
+def test_held_back_character_is_computed_again() -> None:
+    trail = begun()
+    trail.take(event("", [2]))
+    assert trail.cut() == ""
+    assert trail.ids.tolist() == [1]
+
+
+def test_text_of_bundled_ids_is_skipped_in_the_next_answer() -> None:
+    trail = begun()
+    trail.take(event("BC", [2, 3, 4]))
+    owed = trail.cut()
+    assert (owed, trail.ids.tolist()) == ("BC", [1])
+    resumed = Resumed(trail, owed)
+    out = resumed.take(event("B", [2]) + event("CD", [3]) + event("é", [4]))
+    texts = [json.loads(e[6:])["choices"][0]["text"] for e in out.split(b"\n\n") if e]
+    assert "".join(texts) == "Dé"
+    assert resumed.problem is None
+    assert trail.ids.tolist() == [1, 2, 3, 4]
+
+
+def test_other_way_is_noticed() -> None:
+    trail = begun()
+    trail.take(event("BC", [2, 3]))
+    resumed = Resumed(trail, trail.cut())
+    resumed.take(event("X", [9]))
+    assert resumed.problem is not None
