@@ -475,6 +475,16 @@ class GatewayPolicy(Section):
         default=4 * MIB, ge=1024, description="Largest request; reading 4 MiB takes up to 100 ms."
     )
     max_requests: int = Field(default=4096, ge=1, description="In flight; more get 503.")
+    retry_share: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Requests that may be tried again, as a share of those of late: a fleet that "
+        "fails as a whole is not asked twice for everything.",
+    )
+    retries_per_s: float = Field(
+        default=10.0, ge=0, le=1e6, description="Retries that are allowed whatever that share."
+    )
     drain_s: Seconds = Field(default=30.0, description="Grace for open requests at shutdown.")
     unhealthy_after: int = Field(
         default=3, ge=1, description="Failures in a row until a worker rests."

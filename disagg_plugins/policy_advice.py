@@ -147,6 +147,10 @@ def _sentences(policy: Policy) -> Iterator[str]:
     where = f"environment variable {source.env}" if source.env else f"file {source.file}"
     yield f"The shared secret is in the {where}."
     yield (
+        f"A failed call is tried once more, for at most {gateway.retry_share:.0%} of the requests "
+        f"and {gateway.retries_per_s:g} a second."
+    )
+    yield (
         f"A worker rests after {gateway.unhealthy_after} failures in a row; at most "
         f"{gateway.max_requests} requests are in flight, more get 503."
     )

@@ -421,16 +421,17 @@ class Exchange:
         return Work(prompt_tokens, self._parsed.prompt_tokens, expected_output(bound))
 
     def _send_local(self, command: f.Command) -> None:
-        whole = self._decode.whole
-        if isinstance(command, f.SendLocal) and (command.elsewhere or not whole):
-            other = self._gateway.another_decode(self.profile, self._decode)
-            if other is None and not (command.else_same and whole):
+        whole, gateway = self._decode.whole, self._gateway
+        may = not self._flow.retries or gateway.may_retry(self.record)
+        if isinstance(command, f.SendLocal) and (command.elsewhere or not (whole and may)):
+            other = gateway.another_decode(self.profile, self._decode) if may else None
+            if other is None and not (command.else_same and whole and may):
                 self._do(self._flow.on(f.NoWorker()))
                 return
             self._decode = other or self._decode
             self.record.decode = self._decode.name
         parsed = self._parsed
-        dialect = self._gateway.fleet.dialects.get(self._decode.engine)
+        dialect = gateway.fleet.dialects.get(self._decode.engine)
         body = parsed.body if dialect is None else dialect.local_body(parsed.body)
         body = self._resumption.body(dialect, self._decode, body)
         raw = parsed.raw if body is parsed.body else encode(body)

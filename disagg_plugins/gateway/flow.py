@@ -9,8 +9,9 @@ Rules, all of which live in this file:
   worker that serves whole requests takes over; where there is none, the client gets the error.
 * Prefill answers another 4xx: the request is wrong, the client gets that answer as it is.
 * Decode fails before a byte of its answer reached the client: one retry without the handoff, on
-  another decode worker where there is one. A 4xx that follows an accepted prefill is retried on
-  the same worker: what differs is the handoff. Then the client gets a clear error.
+  another decode worker where there is one, if the budget of retries allows it (the executor says
+  ``NoWorker`` where not). A 4xx that follows an accepted prefill is retried on the same worker:
+  what differs is the handoff. Then the client gets a clear error.
 * Decode fails later: the stream goes on from the tokens already sent, on another decode worker,
   ``resumes`` times at most. An answer whose finish reason was sent is completed instead. Where
   neither can be done the stream is broken off visibly, saying why. Nothing is ever repeated to a

@@ -160,6 +160,7 @@ class Intake:
         exchange.record.queue_s = queue_s
         explanation.record = exchange.record
         gateway.active.add(exchange)
+        gateway.retries.request(time.monotonic())
         exchange.begin()
 
     def _refused(

@@ -23,9 +23,10 @@ from disagg_plugins.gateway.intake import Intake
 from disagg_plugins.gateway.openai import CHAT, COMPLETIONS
 from disagg_plugins.gateway.prompts import Prompts
 from disagg_plugins.gateway.refusals import error_body
+from disagg_plugins.gateway.retry_budget import RetryBudget
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
-from disagg_plugins.telemetry.records import RecordView
+from disagg_plugins.telemetry.records import FailureRecord, RecordView
 from disagg_plugins.telemetry.reports import report_key
 from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProfile, Worker
 
@@ -104,6 +105,7 @@ class Gateway:
         self.connections: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
         self.explanations = Explanations()
+        self.retries = RetryBudget(policy.gateway.retry_share, policy.gateway.retries_per_s)
         self.read_tokens: Counter[str] = Counter()  # prompt tokens read so far, by worker
         self.counting: set[WaitsForCount] = set()
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
@@ -275,6 +277,19 @@ class Gateway:
             return None
         other = decision.route.decode
         return None if other.name in without else other
+
+    def may_retry(self, record: RequestRecord) -> bool:
+        """Return whether one more retry is within the budget; the record tells where not."""
+        policy = self.policy.gateway
+        if self.retries.take(time.monotonic()):
+            return True
+        self.metrics.count("disagg_retries_refused")
+        detail = (
+            f"more than {policy.retry_share:g} of the requests and {policy.retries_per_s:g} a "
+            "second were retried of late (policy keys gateway.retry_share, gateway.retries_per_s)"
+        )
+        record.failures.append(FailureRecord("", "gateway", "retry_budget", detail))
+        return False
 
     def worker_failed(self, worker: str, side: str, kind: str, detail: str) -> None:
         """Count a failed call and let the worker's health know."""

@@ -33,6 +33,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "disagg_kv_bytes": ("KV bytes moved, by transport.", ("transport",)),
     "disagg_failures": ("Failed calls to workers.", ("worker", "side", "kind")),
     "disagg_resumed": ("Streams that went on with another decode worker.", ()),
+    "disagg_retries_refused": ("Retries that the budget did not allow.", ()),
     "disagg_retries": ("Decode calls beyond the first of a request.", ()),
     "disagg_split_not_happening": (
         "Requests that were to be split and loaded no KV.",

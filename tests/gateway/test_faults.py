@@ -344,3 +344,21 @@ def test_a_stream_that_begins_with_the_clients_error_is_passed_on(build: Build) 
     assert status == 200
     assert b"the KV did not come" in body
     assert stack.engines["d0"].seen.requests == 1
+
+
+def test_a_fleet_that_fails_as_a_whole_is_not_asked_twice_for_everything(build: Build) -> None:
+    failing = {name: Behaviour(status=500) for name in ("d0", "d1")}
+    stack = build(
+        behaviours=failing,
+        gateway={"retry_share": 0.0, "retries_per_s": 0.35, "unhealthy_after": 1000},
+        d0="decode",
+        d1="decode",
+    )
+    answers = [stack.complete(SHORT) for _ in range(8)]
+    assert [status for status, _ in answers] == [502] * 8
+    asked = sum(engine.seen.requests for engine in stack.engines.values())
+    assert asked == 8 + 3, "the floor of ten seconds pays three retries"
+    assert stack.metric("disagg_retries_refused") == 5
+    told = [r["failures"] for r in stack.records(8)]
+    assert sum(any(f["kind"] == "retry_budget" for f in failures) for failures in told) == 5
+    stack.wait_idle()
