@@ -155,6 +155,7 @@ def _sentences(policy: Policy) -> Iterator[str]:
         f"{gateway.max_requests} requests are in flight, more get 503."
     )
     yield from _fleet_sentences(policy)
+    yield _resume_sentence(policy)
     yield (
         f"A third-party plugin has {plugins.deadline_s * 1000:g} ms a call and is switched off "
         f"after {plugins.strikes} overruns."
@@ -244,6 +245,19 @@ _RULES = {
         "the workers are measured, from {least} prompt tokens on."
     ),
 }
+
+
+def _resume_sentence(policy: Policy) -> str:
+    gateway = policy.gateway
+    if not gateway.resume or not gateway.resumes:
+        return "A stream whose decode worker dies breaks off with an error event that says so."
+    times = "once" if gateway.resumes == 1 else f"at most {gateway.resumes} times"
+    return (
+        "A stream whose decode worker dies, or says nothing for "
+        f"{gateway.idle_s:g} s, goes on with another worker of the same engine from the tokens "
+        f"already sent, {times}; where that cannot be done it breaks off with an error event that "
+        "says why."
+    )
 
 
 def _slo_sentences(policy: Policy) -> Iterator[str]:

@@ -127,6 +127,20 @@ def test_slo_classes_and_the_profile_are_explained():
     assert "start from the profile profile.yaml" in text
 
 
+@pytest.mark.parametrize(
+    ("gateway", "words"),
+    [
+        ({}, "another worker of the same engine from the tokens already sent, at most 2 times"),
+        ({"resumes": 1, "idle_s": 9.0}, "says nothing for 9 s, goes on"),
+        ({"resumes": 1}, "already sent, once; where that cannot be done it breaks off"),
+        ({"resume": False}, "whose decode worker dies breaks off with an error event"),
+        ({"resumes": 0}, "whose decode worker dies breaks off with an error event"),
+    ],
+)
+def test_what_happens_when_decode_dies_inside_an_answer_is_explained(gateway, words):
+    assert words in explain(policy(P, D, gateway=gateway))
+
+
 def test_the_slo_rule_without_classes_is_warned_of(warned):
     assert "no scheduler.slo_classes" in warned(P, D, scheduler={"split": {"rule": "slo"}})
 

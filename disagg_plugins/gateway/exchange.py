@@ -237,8 +237,7 @@ class Exchange:
             if status == 200 and kind.startswith(b"text/event-stream"):
                 self._sse = SseObserver()
             elif status == 200 and self._flow.state is f.State.RESUME:
-                call.cancel()
-                self._do(self._flow.on(f.DecodeFailed("garbage", "its answer is no stream")))
+                self._failed_inside(call, "its answer is no stream", "garbage")
 
     @contained
     def call_data(self, call: Call, data: bytes) -> None:
@@ -263,8 +262,7 @@ class Exchange:
         if self._flow.state is f.State.STREAM:
             self._pass_on(call, data)
         elif self._sse is not None and (problem := failed_at_once(data)) is not None:
-            call.cancel()
-            self._do(self._flow.on(f.DecodeFailed("error_event", problem)))
+            self._failed_inside(call, problem)
         else:
             self._first = data
             self._do(self._flow.on(f.DecodeStarted()))
@@ -279,12 +277,15 @@ class Exchange:
                 return
         if failure is not None:
             self._client.write(data)
-            call.cancel()
-            self._do(self._flow.on(f.DecodeFailed("error_event", failure)))
+            self._failed_inside(call, failure)
         elif call.last:
             self._last = data
         elif data:
             self._client.write(data)
+
+    def _failed_inside(self, call: Call, problem: str, kind: str = "error_event") -> None:
+        call.cancel()
+        self._do(self._flow.on(f.DecodeFailed(kind, problem)))
 
     def _went_astray(self, call: Call) -> bool:
         """Whether the next worker contradicts what the client has."""
@@ -368,8 +369,7 @@ class Exchange:
             detail = "the worker ended the stream before its end mark"
             self._do(self._flow.on(f.DecodeFailed("truncated", detail)))
             return
-        if sse.held:
-            self._last += sse.rest()
+        self._last += sse.rest()
         self._claims.succeeded("decode")
         self._do(self._flow.on(f.DecodeEnded()))
 
@@ -398,9 +398,8 @@ class Exchange:
         route, ref = self._route, self._ref
         if not isinstance(route, Disaggregated) or ref is None:
             return
-        policy = self._gateway.policy.gateway
-        now_s = self._times.prefill_start_s = time.monotonic()
-        self.prefill_deadline_s = now_s + policy.prefill_s
+        now_s = self._times.prefill_start_s = monotonic()
+        self.prefill_deadline_s = now_s + self._gateway.policy.gateway.prefill_s
         dialect = self._gateway.fleet.dialects[route.prefill.engine]
         body = encode(dialect.prefill_body(self._parsed.body, ref))
         tokens = self._parsed.prompt_tokens
@@ -458,9 +457,8 @@ class Exchange:
         other = self._gateway.another_decode(self.profile, failed, resumption.tried)
         if other is None:
             return "there is no other worker that can go on"
-        dialect = self._gateway.fleet.dialects.get(other.engine)
         try:
-            body = resumption.next_body(dialect, other)
+            body = resumption.next_body(self._gateway.fleet.dialects.get(other.engine), other)
         except LocalProtocolError as exc:
             return str(exc)
         self._decode = other
@@ -496,15 +494,17 @@ class Exchange:
         self._streams = self._sse is not None
         self.surroundings.answering(self.record)
         lines = self._answers.lines(self._headers["decode"])
-        if not self._whole and self._sse is not None:
-            self._first = self._resumption.outgoing(self._first)
+        first, self._first = self._first, b""
         if self._whole:
-            self._client.answer(200, self._first, lines)
+            self._client.answer(200, first, lines)
+            return
+        call, (first, failure) = self._calls["decode"], self._resumption.failure(first)
+        self._client.start(200, lines, self._resumption.outgoing(first))
+        self._touch(time.monotonic())
+        if failure is None:
+            self._pass_chunks(call)
         else:
-            self._client.start(200, lines, self._first)
-            self._touch(time.monotonic())
-            self._pass_chunks(self._calls["decode"])
-        self._first = b""
+            self._failed_inside(call, failure)
 
     def _pass_chunks(self, call: Call) -> None:
         """Let chunks of whole events go the short way, where client and worker allow it."""

@@ -26,6 +26,8 @@ MAX_PROMPT_TOKENS = 50_000
 """Estimate of the longest prompt whose ids are asked for: its first event must stay below
 ``sse.MAX_HELD_BYTES`` at 7 bytes an id, even where the estimate is half of the truth."""
 
+TOO_LONG = "an event that is too long to be looked at"
+
 IDS = b'"token_ids":['
 _PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
 
@@ -57,7 +59,7 @@ class Trail:
     def take(self, data: bytes) -> bytes:
         """Note the ids of whole events; return the events without them."""
         at = data.find(IDS)
-        if at < 0 or not self.prompt or data.find(b"\n\ndata:", at) >= 0:
+        if at < 0 or not self.prompt or data.find(b"\ndata:", at) >= 0:
             return self._take_each(data)
         end = data.find(b"]", at)
         said = data[at + 13 : end]
@@ -73,6 +75,8 @@ class Trail:
         return data
 
     def _take_each(self, data: bytes) -> bytes:
+        if not whole_events(data):
+            self.why_not = TOO_LONG
         events = data.replace(b"\r\n", b"\n").split(b"\n\n")
         return b"\n\n".join([self._take_one(event) if event else event for event in events])
 
@@ -173,6 +177,9 @@ class Resumed:
 
         ``problem`` says afterwards whether the answer went another way.
         """
+        if not whole_events(data):
+            self.problem = TOO_LONG
+            return b""
         events = data.replace(b"\r\n", b"\n").split(b"\n\n")
         return b"".join([self._one(event) for event in events if event])
 
@@ -227,6 +234,11 @@ class Resumed:
             usage["prompt_tokens"] = prompt
             usage["completion_tokens"] = output + self._before
             usage["total_tokens"] = prompt + output + self._before
+
+
+def whole_events(data: bytes) -> bool:
+    """Return whether ``data`` ends with an event: what is very long comes in pieces."""
+    return data.endswith((b"\n\n", b"\r\n\r\n"))
 
 
 def has_text(event: bytes) -> bool:

@@ -227,12 +227,12 @@ class FakeEngine:
     def take_behaviour(self) -> Behaviour:
         """Return the behaviour for one request."""
         behaviour = self.behaviour
-        if behaviour.times is not None:
-            if behaviour.times <= 0:
-                return behaviour.then or Behaviour(
-                    tokens=behaviour.tokens, chunk_s=behaviour.chunk_s
-                )
-            behaviour.times -= 1
+        while behaviour.times is not None:
+            if behaviour.times > 0:
+                behaviour.times -= 1
+                break
+            plain = Behaviour(tokens=behaviour.tokens, chunk_s=behaviour.chunk_s)
+            behaviour = behaviour.then or plain
         return behaviour
 
     def report(self, step: str, ticket: object, tokens: int) -> None:

@@ -153,6 +153,37 @@ def test_stream_that_breaks_off_is_visible_to_the_client(
     assert stack.metric("disagg_failures", ("d0", "decode", kind)) == 1
 
 
+def test_stream_that_lost_only_its_end_mark_is_completed_and_noted(build: Build) -> None:
+    stack = build(behaviours={"d0": Behaviour(no_done=True)})
+    status, body = stack.complete(stream=True)
+    assert status == 200
+    assert b'"finish_reason":"length"' in body
+    assert body.endswith(b"data: [DONE]\n\n")
+    assert body.count(b"[DONE]") == 1
+    stack.wait_idle()
+    (record,) = stack.records(1)
+    assert (record["outcome"], record["resumes"]) == ("ok", 0)
+    assert record["failures"][0]["kind"] == "truncated"  # type: ignore[index]
+    assert stack.metric("disagg_failures", ("d0", "decode", "truncated")) == 1
+
+
+@pytest.mark.parametrize("more", [{"stop": "x"}, {"logprobs": 1}])
+def test_lost_end_mark_is_completed_where_nothing_else_could_go_on(
+    build: Build, more: dict[str, object]
+) -> None:
+    stack = build(behaviours={"d0": Behaviour(no_done=True)})
+    assert stack.complete(stream=True, **more)[1].endswith(b"data: [DONE]\n\n")
+
+
+def test_lost_end_mark_breaks_the_stream_where_resuming_is_off(build: Build) -> None:
+    stack = build(behaviours={"d0": Behaviour(no_done=True)}, gateway={"resume": False})
+    with pytest.raises(http.client.IncompleteRead) as caught:
+        stack.complete(stream=True)
+    assert b"upstream_broke_off" in caught.value.partial
+    stack.wait_idle()
+    assert stack.records(1)[0]["outcome"] == "broken"
+
+
 def test_refused_decode_worker_is_unhealthy_and_named(build: Build) -> None:
     stack = build(p0="prefill", d0="decode", absent=("d0",))
     eventually(lambda: "refused" in stack.gateway.fleet.states["d0"].reason, "d0 is seen to refuse")

@@ -55,3 +55,20 @@ def test_other_way_is_noticed() -> None:
     resumed = Resumed(trail, trail.cut())
     resumed.take(event("X", [9]))
     assert resumed.problem is not None
+
+
+def test_ids_of_every_event_in_one_read_are_taken_out() -> None:
+    for end in (b"\n", b"\r\n"):
+        trail = begun()
+        out = trail.take((event("B", [2]) + event("C", [3])).replace(b"\n", end))
+        assert b'"token_ids":[' not in out
+        assert trail.ids.tolist() == [1, 2, 3]
+
+
+def test_event_in_pieces_ends_the_noting() -> None:
+    trail = begun()
+    trail.take(event("B", [2])[:-9])
+    assert trail.problem() is not None
+    resumed = Resumed(begun(), "")
+    assert resumed.take(event("B", [2])[:-9]) == b""
+    assert resumed.problem is not None
