@@ -48,6 +48,12 @@ SILENT_MS = 15_000
 
 RECONNECT_MS = 200
 MAX_RECONNECT_MS = 5_000
+SOCKETS_EACH = 3
+"""The subscription, and both ends of what tells of its connection."""
+
+SPARE_SOCKETS = 64
+"""A socket that was closed counts until ZeroMQ's own thread has ended it."""
+
 AGAIN_S = 5.0
 """After a failure of the listener itself."""
 
@@ -161,6 +167,8 @@ class KvEvents:
         if not self._endpoints:
             return
         context = zmq.asyncio.Context()
+        # before the first socket; ZeroMQ's own bound of 1,023 is that of 341 workers
+        context.set(zmq.MAX_SOCKETS, SOCKETS_EACH * len(self._endpoints) + SPARE_SOCKETS)
         context.setsockopt(zmq.IPV6, 1)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -175,6 +183,9 @@ class KvEvents:
                 await self._follow(context, endpoint, heard)
             except (zmq.ZMQError, OSError) as exc:
                 heard.clear(f"listening at {endpoint} failed: {exc}")
+            except Exception as exc:  # whatever one worker sends, the others are listened to
+                log.exception("listening at %s failed", endpoint)
+                heard.clear(f"listening at {endpoint} failed: {type(exc).__name__}")
             await asyncio.sleep(AGAIN_S)
 
     async def _follow(self, context: zmq.asyncio.Context, endpoint: str, heard: Listening) -> None:
