@@ -288,6 +288,7 @@ class Gateway:
             more = b""
             if explanation is not None and isinstance(exc, NoCapacityError):
                 explanation.refused = exc.problem
+                explanation.settle()
                 more = _explain_line(explanation) if explained else b""
             self._refused(client, exc, lines, more)
             return
@@ -296,6 +297,7 @@ class Gateway:
 
     def _refuse_waiting(self, pending: Pending, exc: NoCapacityError) -> None:
         pending.explanation.refused = exc.problem
+        pending.explanation.settle()
         more = _explain_line(pending.explanation) if pending.explained else b""
         self._refused(pending.client, exc, pending.answer_headers, more)
 
@@ -322,6 +324,7 @@ class Gateway:
         self.entrance.began(exchange, profile.tenant)
         exchange.record.queue_s = queue_s
         explanation.record = exchange.record
+        explanation.settle()
         self.active.add(exchange)
         exchange.begin()
 
