@@ -1,7 +1,8 @@
 """A request whose prompt is being counted on a thread, before it is routed.
 
 Its wait is bounded: after ``scheduler.tokenizer_s`` the estimate stands. A client that leaves
-meanwhile is gone without a trace; the thread's result is then dropped.
+meanwhile is gone without a trace. What nobody waits for any more is not counted when its turn
+comes: threads that are behind would otherwise stay behind, and every result would come too late.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class WaitsForCount:
 
     def begin(self, client: ClientConnection, counting: Counting, within_s: float) -> bool:
         """Begin to count; False when too many prompts wait already: nothing was begun then."""
-        future = self._counter.submit(counting.ids)
+        future = self._counter.submit(lambda: None if self._over else counting.ids())
         if future is None:
             return False
         client.answering(self)

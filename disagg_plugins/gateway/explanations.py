@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from disagg_plugins.scheduling.trace import Trace
@@ -38,6 +38,12 @@ class Explanation:
     refused: str | None = None
     decision: Decision | None = None
     record: RequestRecord | None = None
+
+    def settle(self) -> None:
+        """Forget what only deciding needs; the hashes of a long prompt alone take 300 KiB."""
+        if self.profile.prefix_hashes or self.profile.cached_tokens:
+            self.profile = replace(self.profile, prefix_hashes=(), cached_tokens={})
+        self.trace.shorten()
 
     def plain(self) -> Plain:
         """Return everything as plain values."""

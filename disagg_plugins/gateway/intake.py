@@ -126,6 +126,7 @@ class Intake:
             more = b""
             if explanation is not None and isinstance(exc, NoCapacityError):
                 explanation.refused = exc.problem
+                explanation.settle()
                 more = _explain_line(explanation) if explained else b""
             self._refused(client, exc, lines, more)
             return
@@ -135,6 +136,7 @@ class Intake:
     def refuse_waiting(self, pending: Pending, exc: NoCapacityError) -> None:
         """Refuse a request that has waited."""
         pending.explanation.refused = exc.problem
+        pending.explanation.settle()
         more = _explain_line(pending.explanation) if pending.explained else b""
         self._refused(pending.client, exc, pending.answer_headers, more)
 
@@ -159,6 +161,7 @@ class Intake:
         gateway.entrance.began(exchange, profile.tenant)
         exchange.record.queue_s = queue_s
         explanation.record = exchange.record
+        explanation.settle()
         gateway.active.add(exchange)
         gateway.retries.request(time.monotonic())
         exchange.begin()

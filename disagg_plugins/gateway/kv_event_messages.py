@@ -29,6 +29,10 @@ _FIELDS = {"BlockStored": _STORED, "BlockRemoved": _REMOVED, "AllBlocksCleared":
 _SPECIAL = ("lora_id", "lora_name", "cache_salt")
 """Fields that tell of KV that depends on more than its tokens."""
 
+MAX_HASH_BYTES = 128
+"""Of a block's name, kept as long as the block: engines use 8 bytes or a digest's 32, in
+hexadecimal 64."""
+
 _decode = msgspec.msgpack.Decoder().decode
 
 
@@ -82,20 +86,25 @@ def _named(event: object) -> tuple[str, Mapping[str, object]]:
     """Return the name and the fields of an event of either form."""
     if isinstance(event, dict):
         name: object = event.get("type")
-        fields: Mapping[str, object] = event
     elif isinstance(event, list) and event:
         name = event[0]
-        fields = dict(zip(_FIELDS.get(str(name), ()), event[1:], strict=False))
     else:
         raise RemoteProtocolError("a KV event must be a map or an array")
-    if not isinstance(name, str) or name not in _FIELDS:
-        raise RemoteProtocolError(f"there is no KV event {str(name)[:50]!r}")
-    return name, fields
+    if not isinstance(name, str):
+        # not shown: lists inside lists can be deeper than can be written
+        raise RemoteProtocolError(f"the name of a KV event is a {type(name).__name__}")
+    if name not in _FIELDS:
+        raise RemoteProtocolError(f"there is no KV event {name[:50]!r}")
+    if isinstance(event, dict):
+        return name, event
+    return name, dict(zip(_FIELDS[name], event[1:], strict=False))
 
 
 def _hash(value: object) -> BlockHash:
     if not isinstance(value, int | bytes | str):
         raise RemoteProtocolError(f"a block's hash is a {type(value).__name__}")
+    if not isinstance(value, int) and len(value) > MAX_HASH_BYTES:
+        raise RemoteProtocolError(f"a block's hash has more than {MAX_HASH_BYTES} bytes")
     return value
 
 

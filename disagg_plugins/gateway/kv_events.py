@@ -48,6 +48,10 @@ SILENT_MS = 15_000
 
 RECONNECT_MS = 200
 MAX_RECONNECT_MS = 5_000
+MAX_SOCKETS = 32_768
+"""Of one gateway: each worker takes three (the subscription, and both ends of what tells of its
+connection), and a closed one counts until ZeroMQ's own thread has ended it."""
+
 AGAIN_S = 5.0
 """After a failure of the listener itself."""
 
@@ -204,6 +208,8 @@ class KvEvents:
             return
         if self._context is None:
             self._context = zmq.asyncio.Context()
+            # before the first socket; ZeroMQ's own bound of 1,023 is that of 341 workers
+            self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
             self._context.setsockopt(zmq.IPV6, 1)
         work = self._listen(self._context, self._endpoints[name], self.workers[name])
         self._tasks[name] = self._group.create_task(work)
@@ -214,6 +220,9 @@ class KvEvents:
                 await self._follow(context, endpoint, heard)
             except (zmq.ZMQError, OSError) as exc:
                 heard.clear(f"listening at {endpoint} failed: {exc}")
+            except Exception as exc:  # whatever one worker sends, the others are listened to
+                log.exception("listening at %s failed", endpoint)
+                heard.clear(f"listening at {endpoint} failed: {type(exc).__name__}")
             await asyncio.sleep(AGAIN_S)
 
     async def _follow(self, context: zmq.asyncio.Context, endpoint: str, heard: Listening) -> None:

@@ -29,6 +29,13 @@ MAX_INLINE_CHARS = 2048
 MAX_CHARS = 1 << 20
 """Encoded in half a second; what is longer is estimated."""
 
+MAX_MESSAGES = 4096
+"""Of a chat; with more it is estimated. Far beyond any conversation, prepared within 10 ms."""
+
+OBJECT_CHARS = 64
+"""Counted for each message, part and tool call beside its text: what a template writes around an
+empty one takes time too."""
+
 THREADS = 2
 """Counting must not take the cores that forward tokens."""
 
@@ -88,8 +95,11 @@ class TokenCounter:
             if parsed.endpoint == CHAT:
                 if self._render is None:
                     return None
+                if len(body["messages"]) > MAX_MESSAGES:
+                    return None
                 fields, render = chat_fields(body), self._render
                 chars = _chars(fields["messages"]) + body.raw_bytes("tools")
+                chars += body.raw_bytes("chat_template_kwargs")
                 text = lambda: render(fields)  # noqa: E731
                 add = bool(special)  # the template writes them: vLLM and SGLang add none
             else:
@@ -100,7 +110,7 @@ class TokenCounter:
                     return None
                 chars, text = len(prompt), lambda: prompt
                 add = special is None or bool(special)
-        except (ValueError, RequestError):
+        except (ValueError, RecursionError, RequestError):  # a tool call's arguments, deep in text
             return None
         return Counting(self, text, chars, add) if chars <= MAX_CHARS else None
 
@@ -203,6 +213,8 @@ def _chars(messages: object) -> int:
         if isinstance(value, str):
             total += len(value)
         elif isinstance(value, dict):
+            total += OBJECT_CHARS
+            rest.extend(value)
             rest.extend(value.values())
         elif isinstance(value, list):
             rest.extend(value)

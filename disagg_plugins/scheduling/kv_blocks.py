@@ -87,7 +87,7 @@ class _Block:
 
     Attributes:
         parent: None at a prompt's beginning.
-        tokens: Its token ids, packed.
+        tokens: Its last token ids, packed, as many as one piece has at most.
         last_piece: The hash at the last piece's end in or before it.
         tail_bytes: Packed length of the tokens since then.
         pieces: Hashes of the pieces that end in it.
@@ -100,6 +100,15 @@ class _Block:
     tail_bytes: int
     pieces: tuple[str, ...]
     children: set[BlockKey] = field(default_factory=set)
+
+    def says(self, other: _Block) -> bool:
+        """Return whether both hang behind the same block and hold the same tokens."""
+        return (self.parent, self.tokens, self.last_piece, self.tail_bytes) == (
+            other.parent,
+            other.tokens,
+            other.last_piece,
+            other.tail_bytes,
+        )
 
 
 class BlockTree:
@@ -158,6 +167,8 @@ class BlockTree:
         self._index.forget(self.worker)
 
     def _stored(self, event: BlocksStored) -> None:
+        if event.block_tokens < 1:
+            raise ValueError("blocks of no tokens were stored")
         if len(event.token_ids) != len(event.hashes) * event.block_tokens:
             raise ValueError(
                 f"{len(event.hashes)} blocks of {event.block_tokens} tokens were stored with "
@@ -175,13 +186,14 @@ class BlockTree:
         step = event.block_tokens * (PIECE_BYTES // PIECE_TOKENS)
         for number, name in enumerate(event.hashes):
             key = (event.group, name)
-            if (known := self._blocks.get(key)) is not None and known.parent != parent:
-                raise ValueError("a stored block was stored again behind another one")
             tokens = packed[number * step : (number + 1) * step]
             last_piece, tail, pieces = self._continued(last_piece, tail + tokens)
-            if known is None and not self._add(
-                key, _Block(parent, tokens, last_piece, len(tail), pieces)
-            ):
+            # tokens before the last piece's end are never needed again
+            block = _Block(parent, tokens[-PIECE_BYTES:], last_piece, len(tail), pieces)
+            if (known := self._blocks.get(key)) is not None:
+                if not known.says(block):
+                    raise ValueError("a stored block was stored again as another one")
+            elif not self._add(key, block):
                 self.passed_over += len(event.hashes) - number
                 return
             parent = key

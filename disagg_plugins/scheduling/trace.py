@@ -6,6 +6,7 @@ request went where it went, so that keeping them costs a decision next to nothin
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 Answers = Sequence[tuple[str, object]]
 """Plugin names and what they answered."""
+
+MOST_WORKERS = 64
+"""Named in one answer that is kept: far more than a decision usually looks at. Where the sample of
+a large fleet leaves nobody, every plugin answers for the whole fleet."""
 
 Plain = dict[str, object]
 """Made of strings, numbers, lists and dictionaries with string keys."""
@@ -37,6 +42,15 @@ class Trace:
         """Add a step."""
         self.steps.append((step, role, answers))
 
+    def shorten(self) -> None:
+        """Forget most of the answers that are about a whole large fleet."""
+        self.steps = [
+            (step, role, [(plugin, _short(answer)) for plugin, answer in answers])
+            if any(_is_long(answer) for _, answer in answers)
+            else (step, role, answers)
+            for step, role, answers in self.steps
+        ]
+
     def plain(self) -> list[Plain]:
         """Return the steps as plain values."""
         return [
@@ -51,6 +65,22 @@ class Trace:
 
 CORE = "core"
 """Stands for a plugin's name where the core itself speaks."""
+
+
+def _is_long(answer: object) -> bool:
+    return isinstance(answer, (Mapping, set, Sequence)) and len(answer) > MOST_WORKERS
+
+
+def _short(answer: object) -> object:
+    """Return a long answer with its best workers, or with some and how many there are."""
+    if not _is_long(answer) or isinstance(answer, str):
+        return answer
+    if isinstance(answer, Mapping):
+        return dict(heapq.nlargest(MOST_WORKERS, answer.items(), key=lambda each: each[1]))
+    if isinstance(answer, (set, Sequence)):
+        some = sorted(map(str, answer))[:MOST_WORKERS]
+        return [*some, f"and {len(answer) - len(some)} more"]
+    return answer
 
 
 def _plain(answer: object) -> object:

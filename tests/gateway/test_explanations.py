@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 from disagg_plugins.gateway.explanations import KEPT, MAX_HEADER_BYTES, Explanations
-from disagg_plugins.scheduling.trace import CORE
+from disagg_plugins.scheduling.trace import CORE, MOST_WORKERS
 from disagg_plugins.testing.fake_engine import Behaviour
 from disagg_plugins.types import Decision, Local, RequestProfile, Role, Worker
 from tests.gateway.harness import LONG, SHORT, Stack, eventually
@@ -132,3 +133,32 @@ def test_a_header_never_grows_beyond_its_bound() -> None:
     assert len(explanation.header()) <= MAX_HEADER_BYTES
     assert explanation.header().isascii()
     assert b"\n" not in explanation.header()
+
+
+def test_what_is_kept_of_a_request_does_not_grow_with_its_prompt_or_the_fleet() -> None:
+    names = [f"w{n}" for n in range(10_000)]
+    long = replace(profile("r"), prefix_hashes=("h",) * 4096, cached_tokens={"w1": 64})
+    explanation = Explanations().begin(long)
+    scores = {name: n / 10_000 for n, name in enumerate(names)}
+    explanation.trace.note("filter", Role.PREFILL, [("capacity", set(names)), ("other", None)])
+    explanation.trace.note("score", Role.PREFILL, [("least-loaded", scores)])
+    explanation.trace.note("chosen", Role.PREFILL, [(CORE, "w" * 100)])
+    explanation.settle()
+    assert (explanation.profile.prefix_hashes, explanation.profile.cached_tokens) == ((), {})
+    left, scored, chosen = (step["said"] for step in explanation.trace.plain())
+    assert left["capacity"][-1] == "and 9936 more"  # type: ignore[index]
+    assert max(scored["least-loaded"].items(), key=lambda s: s[1]) == ("w9999", 0.9999)  # type: ignore[index]
+    assert len(scored["least-loaded"]) == MOST_WORKERS  # type: ignore[index]
+    assert chosen == {CORE: "w" * 100}
+
+
+def test_a_gateway_keeps_no_hashes_of_prompts_that_were_routed_or_refused(build: Build) -> None:
+    stack = build(p0="prefill", d0="decode")
+    post(stack, LONG * 100, "routed-1")
+    stack.engines["d0"].healthy = False
+    eventually(lambda: not stack.gateway.fleet.states["d0"].healthy, "d0 is out")
+    post(stack, LONG * 100, "refused-1")
+    for name in ("routed-1", "refused-1"):
+        kept = stack.gateway.explanations.of(name)
+        assert kept is not None
+        assert kept.profile.prefix_hashes == ()

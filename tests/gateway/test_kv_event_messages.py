@@ -147,6 +147,19 @@ def test_refuses_what_no_engine_sends(frames):
         read_message(frames)
 
 
+def test_a_name_that_is_deeper_than_can_be_written_is_refused():
+    for depth in range(900, 1100):
+        batch = b"\x92\x00\x91\x92" + b"\x91" * depth + b"\x00\x00"
+        with pytest.raises(RemoteProtocolError):
+            read_message([b"", bytes(8), batch])
+
+
+def test_a_hash_that_is_no_digest_is_refused():
+    for name in (b"h" * 129, "h" * 129):
+        with pytest.raises(RemoteProtocolError, match="more than 128 bytes"):
+            read_message(message(0, stored(block_hashes=[name])))
+
+
 @given(st.lists(st.binary(max_size=60), max_size=4))
 def test_reads_or_refuses_any_bytes(frames):
     try:

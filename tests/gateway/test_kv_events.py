@@ -9,6 +9,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from disagg_plugins.gateway import kv_events
 from disagg_plugins.gateway.kv_events import KvEvents, Listening
 from disagg_plugins.scheduling.kv_blocks import BlockTree
 from disagg_plugins.scheduling.prefix_hashes import PrefixHasher
@@ -160,3 +161,55 @@ async def come_and_go(index) -> None:
 
 def test_workers_that_join_are_listened_to_until_they_leave(index) -> None:
     asyncio.run(come_and_go(index))
+
+
+async def listen_to_many(index, publishers, monkeypatch) -> None:
+    """One of them sends what the reader does not expect; the last one is heard all the same."""
+    context = zmq.asyncio.Context()
+    context.set(zmq.MAX_SOCKETS, 10_000)
+    publisher, port = bind(context)
+    endpoints = {f"w{n}": f"tcp://127.0.0.1:{port}" for n in range(publishers)}
+    events = KvEvents(endpoints, index, HASHER)
+
+    def fail(frames) -> None:
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(kv_events, "AGAIN_S", 0.01)
+    task = asyncio.get_running_loop().create_task(events.run())
+    try:
+        await asyncio.wait_for(publisher.recv(), DEADLINE_S)  # one subscription for all
+        broken, last = events.workers["w0"], events.workers[f"w{publishers - 1}"]
+        broken.tree.on = fail
+        number = 0
+        while not (last.batches and broken.problem.endswith("LookupError")):
+            await publisher.send_multipart(message(number, AllBlocksCleared()))
+            number += 1
+            await asyncio.sleep(0.02)
+        heard = list(events.workers.values())
+        assert not task.done()
+        assert [h.problem for h in heard if "failed" in h.problem] == [broken.problem]
+        del broken.tree.on
+        await until_heard(publisher, broken, number)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        publisher.close()
+        context.destroy(linger=0)
+
+
+async def until_heard(publisher, heard, number) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while heard.state != "listening":
+            await publisher.send_multipart(message(number, AllBlocksCleared()))
+            number += 1
+            await asyncio.sleep(0.02)
+
+
+def test_a_worker_that_cannot_be_followed_takes_nobody_else_with_it(index, monkeypatch) -> None:
+    asyncio.run(listen_to_many(index, 2, monkeypatch))
+
+
+def test_more_workers_are_listened_to_than_zeromq_has_sockets_for_by_itself(
+    index, monkeypatch
+) -> None:
+    asyncio.run(listen_to_many(index, 400, monkeypatch))

@@ -10,7 +10,12 @@ import pytest
 
 from disagg_plugins.gateway import token_counter
 from disagg_plugins.gateway.openai import CHAT, COMPLETIONS, parse_request
-from disagg_plugins.gateway.token_counter import MAX_CHARS, MAX_WAITING, load_token_counter
+from disagg_plugins.gateway.token_counter import (
+    MAX_CHARS,
+    MAX_MESSAGES,
+    MAX_WAITING,
+    load_token_counter,
+)
 from tests.gateway.tokenizers_made import make_tokenizer
 
 
@@ -45,6 +50,26 @@ def test_a_long_prompt_is_to_be_counted_elsewhere_and_an_endless_one_not_at_all(
     assert prepared(counter, prompt="a" * (MAX_CHARS + 1)) is None
     roles = [{"role": "a" * MAX_CHARS, "content": "b"}]
     assert prepared(counter, CHAT, messages=roles) is None
+
+
+def test_many_empty_messages_are_not_counted_at_once(counter):
+    empty = {"role": "", "content": ""}
+    assert prepared(counter, CHAT, messages=[empty] * 10).short
+    assert not prepared(counter, CHAT, messages=[empty] * 100).short
+    assert not prepared(counter, CHAT, messages=[{"tool_calls": [{}] * 100}]).short
+    assert prepared(counter, CHAT, messages=[empty] * (MAX_MESSAGES + 1)) is None
+
+
+def test_what_else_a_client_gives_a_template_counts_as_long_as_it_is(counter):
+    messages = [{"role": "user", "content": "word"}]
+    more = {"custom_tools": ["a" * 3000]}
+    assert not prepared(counter, CHAT, messages=messages, chat_template_kwargs=more).short
+
+
+def test_arguments_of_a_tool_call_that_are_too_deep_leave_the_estimate(counter):
+    call = {"function": {"name": "f", "arguments": "[" * 5000 + "]" * 5000}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    assert prepared(counter, CHAT, messages=messages) is None
 
 
 @pytest.mark.parametrize(

@@ -155,3 +155,23 @@ def test_an_event_that_contradicts_itself_is_refused(tree):
         tree.on(replace(STORED, token_ids=[7] * 127))
     with pytest.raises(ValueError, match="token id"):
         tree.on(replace(STORED, token_ids=[-1] * 128))
+
+
+def test_blocks_without_tokens_are_refused(tree):
+    with pytest.raises(ValueError, match="no tokens"):
+        tree.on(replace(STORED, hashes=[1], token_ids=[], block_tokens=0))
+
+
+def test_a_block_that_is_stored_again_with_other_tokens_is_refused(tree):
+    tree.on(replace(STORED, hashes=[1], token_ids=[7] * 16, block_tokens=16))
+    for other in ([7] * 30, [8] * 16):
+        with pytest.raises(ValueError, match="stored again"):
+            tree.on(replace(STORED, hashes=[1], token_ids=other, block_tokens=len(other)))
+
+
+def test_of_a_large_block_only_the_last_tokens_are_kept(tree, index):
+    ids = [n % 251 for n in range(5000)]
+    tree.on(replace(STORED, hashes=[1], token_ids=ids[:4000], block_tokens=4000))
+    assert sum(len(block.tokens) for block in tree._blocks.values()) <= 256
+    tree.on(replace(STORED, hashes=[2], parent=1, token_ids=ids[4000:], block_tokens=1000))
+    assert dict(index.longest(HASHER.of_ids(ids))) == {"w": 5000 // 64}
