@@ -515,7 +515,7 @@ class Exchange:
         slow = functools.partial(self.call_data, call)
         if trail is None:
             call.pass_chunks(passing(sse, stamp, send, slow))
-        else:
+        elif trail.prompt:
             call.pass_chunks(stripping(trail, sse, stamp, send, slow))
 
     def _touch(self, now_s: float) -> None:

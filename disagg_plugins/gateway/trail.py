@@ -31,6 +31,8 @@ TOO_LONG = "an event that is too long to be looked at"
 IDS = b'"token_ids":['
 _PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
 
+_TOKEN_IDS = re.compile(rb'"token_ids":\[([0-9, ]*)\]')
+
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.encode
 
@@ -43,10 +45,11 @@ class Trail:
         ids: The ids of the answer.
         sure: How many of them an answer can go on from.
         why_not: Why it cannot go on, or None.
+        pending: Chunks that were forwarded and are not noted yet.
         head: ``id``, ``created`` and ``model`` of the stream's events.
     """
 
-    __slots__ = ("head", "ids", "prompt", "sure", "unsure", "why_not")
+    __slots__ = ("head", "ids", "prompt", "pending", "sure", "unsure", "why_not")
 
     def __init__(self) -> None:
         self.prompt: list[int] = []
@@ -55,24 +58,36 @@ class Trail:
         self.why_not: str | None = None
         self.head: dict[str, object] = {}
         self.unsure: list[bytes] = []
+        self.pending: list[bytes] = []
+
+    def digest(self) -> None:
+        """Note the ids of what is pending: chunks of one event each, framed and with their ids."""
+        events = self.pending[:]
+        self.pending.clear()
+        data = b"".join(events)
+        found = _TOKEN_IDS.findall(data)
+        if len(found) != len(events):
+            self.why_not = "token ids that cannot be read"
+            return
+        self.ids.extend([int(i) for i in b",".join(found).split(b",") if i.strip()])
+        self._look_for_obstacles(data)
+        after, since = len(self.ids), []
+        for event, said in zip(reversed(events), reversed(found), strict=True):
+            count = said.count(b",") + 1 if said.strip() else 0
+            if has_text(event):
+                if count == 1:
+                    self.sure = after
+                    self.unsure.clear()
+                    break
+                since.append(unframed(event))
+            after -= count
+        self._keep_unsure(since[::-1])
 
     def take(self, data: bytes) -> bytes:
         """Note the ids of whole events; return the events without them."""
-        at = data.find(IDS)
-        if at < 0 or not self.prompt or data.find(b"\ndata:", at) >= 0:
-            return self._take_each(data)
-        end = data.find(b"]", at)
-        said = data[at + 13 : end]
-        data = b"%bnull%b" % (data[: at + 12], data[end + 1 :])
-        if b'"text":"' in data or b'"content":"' in data:
-            if b'"text":""' not in data and b'"content":""' not in data and b"," not in said:
-                self.ids.append(int(said))
-                self.sure = len(self.ids)
-                if self.unsure:
-                    self.unsure.clear()
-                return data
-        self._note(data, said)
-        return data
+        if self.pending:
+            self.digest()
+        return self._take_each(data)
 
     def _take_each(self, data: bytes) -> bytes:
         if not whole_events(data):
@@ -109,27 +124,35 @@ class Trail:
     def add(self, ids: list[int], event: bytes) -> None:
         """Note the ids of one event, which is given without them."""
         self.ids.extend(ids)
-        if len(self.ids) > MAX_TOKENS:
-            self.why_not = f"an answer of more than {MAX_TOKENS} tokens"
-            del self.ids[:]
-            self.sure = 0
-        if b'"tool_calls":[{' in event:
-            self.why_not = "tool calls, which the worker parses"
-        elif b'"reasoning":"' in event or b'"reasoning_content":"' in event:
-            self.why_not = "reasoning, which the worker parses"
+        self._look_for_obstacles(event)
         if self.why_not is not None or not has_text(event):
             return
         if len(ids) == 1:
             self.sure = len(self.ids)
             self.unsure.clear()
         else:
-            self.unsure.append(event)
-            if len(self.unsure) > MAX_UNSURE_EVENTS:
-                self.why_not = "the worker bundles tokens in every event"
-                self.unsure.clear()
+            self._keep_unsure([event])
+
+    def _look_for_obstacles(self, data: bytes) -> None:
+        if len(self.ids) > MAX_TOKENS:
+            self.why_not = f"an answer of more than {MAX_TOKENS} tokens"
+            del self.ids[:]
+            self.sure = 0
+        if b'"tool_calls":[{' in data:
+            self.why_not = "tool calls, which the worker parses"
+        elif b'"reasoning":"' in data or b'"reasoning_content":"' in data:
+            self.why_not = "reasoning, which the worker parses"
+
+    def _keep_unsure(self, events: list[bytes]) -> None:
+        self.unsure += events
+        if len(self.unsure) > MAX_UNSURE_EVENTS:
+            self.why_not = "the worker bundles tokens in every event"
+            self.unsure.clear()
 
     def problem(self) -> str | None:
         """Return why the answer cannot go on from here, or None."""
+        if self.pending:
+            self.digest()
         if self.why_not is None and not self.prompt:
             return "the worker did not tell the ids of the prompt"
         return self.why_not
@@ -234,6 +257,11 @@ class Resumed:
             usage["prompt_tokens"] = prompt
             usage["completion_tokens"] = output + self._before
             usage["total_tokens"] = prompt + output + self._before
+
+
+def unframed(chunk: bytes) -> bytes:
+    """Return the content of one HTTP chunk."""
+    return chunk[chunk.find(b"\r\n") + 2 : -2]
 
 
 def whole_events(data: bytes) -> bool:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg_plugins.gateway.chunks import stripping
+from disagg_plugins.gateway.sse import SseObserver
 from disagg_plugins.gateway.trail import Resumed, Trail
 
 
@@ -72,3 +77,41 @@ def test_event_in_pieces_ends_the_noting() -> None:
     resumed = Resumed(begun(), "")
     assert resumed.take(event("B", [2])[:-9]) == b""
     assert resumed.problem is not None
+
+
+EVENTS = st.lists(
+    st.tuples(st.text("aé\\\"{[ ", max_size=4), st.lists(st.integers(0, 60_000), max_size=12)),
+    max_size=40,
+)
+
+
+@given(said=EVENTS)
+def test_short_way_does_what_the_long_way_does(said: list[tuple[str, list[int]]]) -> None:
+    slow, fast, sent = begun(), begun(), []
+
+    def long_way(data: bytes) -> None:
+        sent.append(fast.take(data))
+
+    take = stripping(fast, SseObserver(), lambda _: None, sent.append, long_way)
+    for text, ids in said:
+        data = event(text, ids)
+        take(b"%x\r\n%b\r\n" % (len(data), data))
+        plain = json.loads(slow.take(data)[6:])
+        got = sent[-1]
+        got = got[got.find(b"data: ") :]
+        assert json.loads(got[6:].strip()) == plain
+        assert plain["choices"][0]["token_ids"] is None
+    assert fast.problem() == slow.problem()
+    assert fast.ids.tolist() == slow.ids.tolist()
+    assert (fast.sure, fast.cut()) == (slow.sure, slow.cut())
+    assert fast.ids.tolist() == slow.ids.tolist()
+
+
+def test_chunk_keeps_its_length_on_the_short_way() -> None:
+    sent: list[bytes] = []
+    take = stripping(begun(), SseObserver(), lambda _: None, sent.append, sent.append)
+    data = event("B", [12345])
+    chunk = b"%x\r\n%b\r\n" % (len(data), data)
+    take(chunk)
+    assert len(sent[0]) == len(chunk)
+    assert b'"token_ids":null   }' in sent[0]
