@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 MODELS = Path(__file__).resolve().parents[3] / ".models"
 FLAGS = ("--enforce-eager", "--max-model-len", "1024", "--dtype", "float32")
 WORKERS = ("prefill", "decode0", "decode1")
-REQUESTS = 60
+REQUESTS = 42
 AT_ONCE = 3
 BOUND_S = 120.0
 """No answer may take longer: a prefill that is given up (15 s), two first bytes (20 s each), and an
@@ -75,14 +75,14 @@ def torment(bed: Testbed, progress: Progress) -> None:
     progress.wait(6)
     kill(bed, "decode1")
     bed.restart("decode1")
-    progress.wait(24)
+    progress.wait(16)
     stopped = engine_processes(bed, "decode0")
     for process in stopped:
         process.suspend()
-    progress.wait(27)
+    progress.wait(19)
     for process in stopped:
         process.resume()
-    progress.wait(34)
+    progress.wait(26)
     kill(bed, "prefill")
     bed.restart("prefill")
 
@@ -134,7 +134,7 @@ def test_every_request_is_right_or_clearly_refused_and_nothing_is_left(bed: Test
         alone = complete(bed.urls["decode0"], text, max_tokens=24, model=MODEL_NAME)
         assert parity.compare(answer, alone) != "different", text[:40]
         right += 1
-    assert right >= 40, [str(e) for e in errors]
+    assert right >= 28, [str(e) for e in errors]
     assert sum(r["split"] == "yes" for r in bed.records()) >= 10
 
     until(lambda: idle(bed, WORKERS), "the workers to be idle", 60)
