@@ -11,6 +11,8 @@ from disagg_plugins.scheduling.prediction import Predictor, UsesPredictor
 
 BUILTINS = {
     "capacity": "disagg_plugins.scheduling.capacity:Capacity",
+    "slo-admission": "disagg_plugins.scheduling.slo_admission:SloAdmission",
+    "prefill-slots": "disagg_plugins.scheduling.prefill_slots:PrefillSlots",
     "labels": "disagg_plugins.scheduling.labels:Labels",
     "least-loaded": "disagg_plugins.scheduling.least_loaded:LeastLoaded",
     "prediction": "disagg_plugins.scheduling.learning:Learning",
@@ -22,6 +24,7 @@ BUILTINS = {
     "power-of-two": "disagg_plugins.scheduling.power_of_two:PowerOfTwo",
     "weighted-random": "disagg_plugins.scheduling.weighted_random:WeightedRandom",
     "threshold": "disagg_plugins.scheduling.threshold:Threshold",
+    "rebalance": "disagg_plugins.scheduling.rebalance:Rebalance",
     "always": "disagg_plugins.scheduling.always:Always",
     "never": "disagg_plugins.scheduling.never:Never",
     "load": "disagg_plugins.scheduling.load_rule:LoadRule",

@@ -210,13 +210,19 @@ class PlacementError(DisaggError):
 
 
 class NoCapacityError(PlacementError):
-    """No worker can take the request now; ``status`` is the HTTP status, 429 or 503."""
+    """No worker can take the request now; ``status`` is the HTTP status, 429 or 503.
+
+    ``taken`` says that a prefill worker that fits is there, with all its slots taken.
+    """
 
     retryable = True
 
-    def __init__(self, problem: str, *, retry_after_s: float, status: int = 503) -> None:
+    def __init__(
+        self, problem: str, *, retry_after_s: float, status: int = 503, taken: bool = False
+    ) -> None:
         super().__init__(problem)
         self.problem = problem
+        self.taken = taken
         self.retry_after_s = retry_after_s
         self.status = status
 

@@ -205,7 +205,8 @@ def disagg_select_admission(profile: RequestProfile, fleet: FleetView) -> Refusa
     """Refuse a request, or let it pass.
 
     Called in: the gateway and the simulator.
-    How often: once a request, first of all.
+    How often: once a request, first of all; not again when it is decided again, because it waited
+    or a worker failed it. ``profile.queued_tokens`` says what waits before it.
     Answers: the first refusal wins; one plugin cannot admit what another refuses.
 
     Returns:
@@ -226,7 +227,7 @@ def disagg_nominate_workers(
 ) -> Sequence[str] | None:
     """Name workers that must be looked at for this part of the request.
 
-    In a fleet of more than ``scheduler.candidates`` healthy workers of a role, filters and scorers
+    Where a role has more than twice ``scheduler.candidates`` healthy workers, filters and scorers
     see a random sample of that size: two random choices already level the load, and a decision
     costs no more in a larger fleet. A worker that stands out for another reason (it holds the
     prompt's prefix, or the session) is nominated. In smaller fleets all are looked at anyway, and
@@ -352,10 +353,14 @@ def disagg_select_split(profile: RequestProfile, fleet: FleetView) -> SplitDecis
 def disagg_score_queue(profile: RequestProfile) -> float | None:
     """Say how urgent a request is that waits for a prefill worker, from 0 to 1.
 
+    Priorities and the shares of tenants come before it; ``scheduler.queue.order`` of the policy
+    decides between equal scores. Who has waited ``scheduler.queue.ageing_s`` goes first whatever
+    the score, so that a low one is no sentence.
+
     Called in: the gateway and the simulator.
     How often: once a request, when it starts to wait.
-    Answers: all; weighted mean as for workers. Higher scores are read first, equals in order of
-    arrival.
+    Answers: all; weighted mean as for workers, 0.5 where nobody has an opinion. Higher scores are
+    read first.
 
     Returns:
         A score in [0, 1]; None: no opinion.
@@ -432,7 +437,7 @@ def disagg_on_handoff(event: HandoffEvent) -> None:
 
 
 # --------------------------------------------------------------------------------------
-# Placement: no caller in this release; the arguments are in placement/types.py
+# Placement: most have no caller in this release; the arguments are in placement/types.py
 # --------------------------------------------------------------------------------------
 
 
@@ -518,10 +523,14 @@ def disagg_score_placements(
 
 @hookspec(firstresult=True)
 def disagg_select_rebalance(fleet: FleetView, loads: Mapping[Role, RoleLoad]) -> RoleChange | None:
-    """Propose that one worker changes its role. No caller in this release.
+    """Propose that one worker changes its role.
 
-    Called in: the gateway.
-    How often: once every few seconds; at most one worker changes at a time.
+    ``fleet`` shows each worker in its current role; those that may change are ``movable``. The
+    gateway refuses a change that would leave a role without a healthy worker, drains the worker
+    first, and changes nothing again for ``scheduler.rebalance.hold_s``.
+
+    Called in: the gateway, with ``scheduler.rebalance.enabled``.
+    How often: once in ``scheduler.rebalance.every_s``; at most one worker changes at a time.
     Answers: the first one wins.
 
     Returns:

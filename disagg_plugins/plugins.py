@@ -22,6 +22,7 @@ from disagg_plugins.builtins import builtin_candidates
 from disagg_plugins.errors import HookContractError, PluginLoadError
 from disagg_plugins.handoff.choice import ConnectorHooks
 from disagg_plugins.hook_calls import FailureKind, HookCalls, Implementation, NonsenseError
+from disagg_plugins.placement.hooks import PlacementHooks
 from disagg_plugins.plugin_loading import (
     Candidate,
     entry_point_candidates,
@@ -90,6 +91,7 @@ class PluginHost:
     Attributes:
         scheduler: The scheduler hooks.
         connector: The KV connector hooks.
+        placement: The placement hooks that have a caller.
 
     Use ``load``; close it, or use it as a context manager, to end the plugins' threads.
     """
@@ -115,6 +117,7 @@ class PluginHost:
         )
         self.scheduler = SchedulerHooks(self._calls)
         self.connector = ConnectorHooks(self._calls)
+        self.placement = PlacementHooks(self._calls)
 
     @classmethod
     def load(

@@ -7,6 +7,8 @@ file: ``secret`` names an environment variable or a file.
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence  # noqa: TC003  # beside Counter, where it is looked for
 from pathlib import Path  # noqa: TC003  # pydantic reads it when the models are made
 from typing import Annotated, Literal
 
@@ -132,6 +134,12 @@ class WorkerPolicy(Section):
     role: Role
     capacity: int = Field(default=64, ge=1, le=65_536, description="Requests given to it at once.")
     labels: dict[str, str] = Field(default_factory=dict)
+    role_switch: bool = Field(
+        default=False,
+        description="For role both: its server was started with role switching (SGLang: "
+        "--enable-pd-role-switch), has one role at a time, decode at first, and may be told to "
+        "take the other.",
+    )
     kv_events: Annotated[str, AfterValidator(_publisher)] | None = Field(
         default=None,
         description="Where its engine publishes KV events (--kv-events-config): tcp://host:port, "
@@ -139,28 +147,58 @@ class WorkerPolicy(Section):
     )
     launch: Launch | None = None
 
+    @model_validator(mode="after")
+    def _switches_both(self) -> WorkerPolicy:
+        if self.role_switch and self.role is not Role.BOTH:
+            raise ValueError("role_switch needs the role both: the worker is to have either role")
+        return self
+
     def worker(self) -> Worker:
         """Return the worker as the scheduler sees it."""
-        return Worker(self.name, self.url, self.engine, self.role, self.capacity, self.labels)
+        return Worker(
+            self.name,
+            self.url,
+            self.engine,
+            self.role,
+            self.capacity,
+            self.labels,
+            role_switch=self.role_switch,
+        )
 
 
 class Fleet(Section):
     """The workers of one deployment."""
 
-    workers: list[WorkerPolicy] = Field(min_length=1, max_length=4096)
+    workers: list[WorkerPolicy] = Field(default_factory=list, max_length=4096)
+    watch: Path | None = Field(
+        default=None,
+        description="A file with more workers, a YAML list as in workers; the gateway follows its "
+        "changes. Relative to the policy file.",
+    )
+    watch_s: Seconds = Field(default=2.0, description="How often the watched file is looked at.")
 
     @model_validator(mode="after")
     def _check(self) -> Fleet:
-        for what, values in (
-            ("name", [w.name for w in self.workers]),
-            ("url", [w.url for w in self.workers]),
-        ):
-            twice = sorted({v for v in values if values.count(v) > 1})
-            if twice:
-                raise ValueError(f"two workers have the same {what}: {', '.join(twice)}")
+        refuse_twice(self.workers)
+        if self.watch is not None:
+            return self
+        if not self.workers:
+            raise ValueError("no worker: list some in workers, or name a file with watch")
         if not any(w.role.serves(Role.DECODE) for w in self.workers):
             raise ValueError("no worker has the role decode or both: nothing could answer")
         return self
+
+
+def refuse_twice(workers: Sequence[WorkerPolicy]) -> None:
+    """Refuse workers of which two have the same name or address.
+
+    Raises:
+        ValueError: Two have.
+    """
+    for what, values in (("name", [w.name for w in workers]), ("url", [w.url for w in workers])):
+        twice = sorted(value for value, count in Counter(values).items() if count > 1)
+        if twice:
+            raise ValueError(f"two workers have the same {what}: {', '.join(twice)}")
 
 
 SPLIT_RULES = ("threshold", "always", "never", "load", "slo")
@@ -182,6 +220,82 @@ class SplitPolicy(Section):
         default=256,
         ge=0,
         description="Shorter prompts stay on the decode worker: moving costs more than it saves.",
+    )
+
+
+class QueuePolicy(Section):
+    """How requests wait for a prefill worker."""
+
+    order: Literal["fifo", "shortest", "deadline"] = Field(
+        default="fifo",
+        description="Of requests of one priority and tenant: by arrival, by prompt length, or by "
+        "arrival plus the TTFT bound of the SLO class.",
+    )
+    prefills_per_worker: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_536,
+        description="Prompts that a prefill worker reads at once; more wait at the gateway. None: "
+        "as many as the worker's capacity.",
+    )
+    max_waiting: int = Field(
+        default=1024,
+        ge=0,
+        le=65_536,
+        description="Requests that wait; more get 503. 0: nobody waits, and what finds every "
+        "prefill worker taken stays on a decode worker.",
+    )
+    max_wait_s: Seconds = Field(
+        default=2.0,
+        description="Then the request is not split: a decode worker does all of it, or it gets "
+        "429 or 503 where none can.",
+    )
+    ageing_s: Seconds = Field(
+        default=1.0,
+        description="Who has waited this long goes before all who have not, whatever the order.",
+    )
+
+
+TenantName = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class TenantPolicy(Section):
+    """What one tenant may have; the tenant ``*`` stands for each that is not named."""
+
+    max_requests: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="In flight; more get 429. None: any number."
+    )
+    prompt_tokens_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e12,
+        description="Prompt tokens a second over time; more get 429. None: any number.",
+    )
+    burst_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompt tokens at once after a pause. None: ten seconds' worth.",
+    )
+    weight: float = Field(
+        default=1.0,
+        ge=0.001,
+        le=1000,
+        description="Share of the prefill slots that are waited for, by prompt tokens.",
+    )
+    priority: int = Field(
+        default=0, ge=-1000, le=1000, description="Added to that of the SLO class."
+    )
+
+
+class AdmissionPolicy(Section):
+    """When a request is refused at once."""
+
+    refuse_over: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="Refuse when every predicted TTFT is over so many times the SLO class's. "
+        "None: never.",
     )
 
 
@@ -218,6 +332,29 @@ DEFAULT_WEIGHTS = {
 """Weights of the built-in scorers where the policy names none."""
 
 
+class RebalancePolicy(Section):
+    """Whether and when workers of role ``both`` change between prefill and decode."""
+
+    enabled: bool = Field(default=False, description="Workers change their role with the load.")
+    every_s: Seconds = Field(default=5.0, description="How often the load of the roles is judged.")
+    high: float = Field(
+        default=0.8, gt=0, le=1, description="A role of this utilisation or more wants a worker."
+    )
+    low: float = Field(
+        default=0.4, ge=0, lt=1, description="A role of this utilisation or less can give one."
+    )
+    hold_s: Seconds = Field(default=60.0, description="Shortest time between two changes.")
+    switch_s: Seconds = Field(
+        default=30.0, description="A server that switches its role; then it rests."
+    )
+
+    @model_validator(mode="after")
+    def _gap(self) -> RebalancePolicy:
+        if self.low >= self.high:
+            raise ValueError("low must be below high, or workers would change to and fro")
+        return self
+
+
 class SchedulerPolicy(Section):
     """Which rules decide, and how much each scorer weighs."""
 
@@ -228,17 +365,26 @@ class SchedulerPolicy(Section):
         "built-in scorers 0, those of other packages 1.",
     )
     candidates: int = Field(
-        default=8,
+        default=4,
         ge=2,
         le=4096,
-        description="Workers of a role that are compared for a request; in a larger fleet so many "
-        "at random, and those that plugins nominate.",
+        description="Where a role has more than twice as many healthy workers, so many of them at "
+        "random are compared for a request, and those that plugins nominate; else all.",
     )
     pick: Literal["max", "power-of-two", "weighted-random"] = Field(
         default="max",
         description="Which of the scored workers is taken: the best, the better of two at random, "
         "or one at random by its score.",
     )
+    queue: QueuePolicy = QueuePolicy()
+    tenants: dict[TenantName, TenantPolicy] = Field(
+        default_factory=dict,
+        max_length=4096,
+        description="Tenant -> its limits and share. The tenant is the header x-disagg-tenant, "
+        "else the field `user`. Without any, all requests wait as one tenant's.",
+    )
+    admission: AdmissionPolicy = AdmissionPolicy()
+    rebalance: RebalancePolicy = RebalancePolicy()
     slo_classes: dict[Name, SloClass] = Field(
         default_factory=dict,
         max_length=64,
@@ -334,6 +480,19 @@ class GatewayPolicy(Section):
         default=3, ge=1, description="Failures in a row until a worker rests."
     )
     probe_s: Seconds = Field(default=2.0, description="Interval of health probes.")
+    probe_generate_s: Seconds | None = Field(
+        default=30.0,
+        description="A worker that gave no sign of life for so long is asked for one token: "
+        "servers answer health probes though their engine is dead. A worker that failed is asked "
+        "with each probe. null: never.",
+    )
+    probe_generate_timeout_s: Seconds = Field(default=20.0, description="For that one token.")
+    rest_s: Seconds = Field(
+        default=2.0,
+        description="A worker that fails again soon after it came back rests this long before it "
+        "is probed; twice as long with each relapse.",
+    )
+    rest_max_s: Seconds = Field(default=60.0, description="The longest such rest.")
 
 
 class PluginPolicy(Section):

@@ -23,12 +23,12 @@ def contradictions(policy: Policy) -> Iterator[tuple[KeyPath, str]]:
     gateway = policy.gateway
     for index, worker in enumerate(policy.fleet.workers):
         url = urlsplit(worker.url)
-        if url.port == gateway.port and _is_loopback(url.hostname or ""):
+        if url.port == gateway.port and is_loopback(url.hostname or ""):
             yield (
                 ("fleet", "workers", index, "url"),
                 f"port {gateway.port} is the gateway's own (gateway.port)",
             )
-        if worker.launch is not None and not _is_loopback(url.hostname or ""):
+        if worker.launch is not None and not is_loopback(url.hostname or ""):
             yield (
                 ("fleet", "workers", index, "launch"),
                 f"a worker at {url.hostname} cannot be started from here; launch starts workers "
@@ -69,6 +69,12 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
         yield "no worker has the role prefill or both: no request will be split"
     else:
         yield "the only worker that could read prompts also writes the answers: nothing is split"
+    queue = policy.scheduler.queue
+    if queue.order != "fifo" and queue.ageing_s >= queue.max_wait_s:
+        yield (
+            f"scheduler.queue.ageing_s ({queue.ageing_s:g}) is not below max_wait_s "
+            f"({queue.max_wait_s:g}): nobody waits long enough to go first"
+        )
     rules = policy.scheduler
     if rules.split.rule == "slo" and not rules.slo_classes:
         yield (
@@ -84,7 +90,7 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
         ("gateway.host", policy.gateway.host),
         ("handoff.listen_host", policy.handoff.listen_host),
     ):
-        if not _is_loopback(host):
+        if not is_loopback(host):
             yield (
                 f"{key} is {host}: reachable from the network, and nothing is encrypted; keep it "
                 "inside a trusted network"
@@ -95,7 +101,12 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
 
 
 def can_split(policy: Policy) -> bool:
-    """Return whether two different workers could do the two phases of a request."""
+    """Return whether two different workers could do the two phases of a request.
+
+    Those of a watched file are taken to be able to.
+    """
+    if policy.fleet.watch is not None:
+        return True
     prefill = {w.name for w in policy.fleet.workers if w.role.serves(Role.PREFILL)}
     decode = {w.name for w in policy.fleet.workers if w.role.serves(Role.DECODE)}
     return bool(prefill) and len(prefill | decode) > 1
@@ -118,6 +129,7 @@ def _sentences(policy: Policy) -> Iterator[str]:
     else:
         yield "No request is split: there are no two workers for the two phases."
     yield from _slo_sentences(policy)
+    yield from _queue_sentences(policy)
     yield "Among workers the least loaded is chosen; equals take turns."
     yield from _prompt_sentences(policy)
     for plugin, weight in sorted(policy.scheduler.weights.items()):
@@ -139,6 +151,7 @@ def _sentences(policy: Policy) -> Iterator[str]:
         f"{gateway.max_requests} requests are in flight, more get 503."
     )
     yield _resume_sentence(policy)
+    yield from _fleet_sentences(policy)
     yield (
         f"A third-party plugin has {plugins.deadline_s * 1000:g} ms a call and is switched off "
         f"after {plugins.strikes} overruns."
@@ -147,6 +160,69 @@ def _sentences(policy: Policy) -> Iterator[str]:
         yield f"Not loaded: {', '.join(plugins.disabled)}."
     if policy.telemetry.records is not None:
         yield f"A record of each request is written to {policy.telemetry.records}."
+
+
+_ORDERS = {
+    "fifo": "in order of arrival",
+    "shortest": "the shortest prompt first",
+    "deadline": "the earliest TTFT bound first",
+}
+
+
+def _queue_sentences(policy: Policy) -> Iterator[str]:
+    rules, queue = policy.scheduler, policy.scheduler.queue
+    if can_split(policy):
+        most = queue.prefills_per_worker
+        bound = "as many prompts at once as its capacity" if most is None else f"{most} at once"
+        yield f"A prefill worker reads {bound}."
+        if queue.max_waiting:
+            yield (
+                f"When all are taken, up to {queue.max_waiting} requests wait at most "
+                f"{queue.max_wait_s:g} s, {_ORDERS[queue.order]}; who has waited "
+                f"{queue.ageing_s:g} s goes before. Then a decode worker does all of it."
+            )
+        else:
+            yield "When all are taken, a decode worker does all of it: nobody waits."
+    for name, tenant in rules.tenants.items():
+        limits = []
+        if tenant.max_requests is not None:
+            limits.append(f"{tenant.max_requests} requests at once")
+        if tenant.prompt_tokens_per_s is not None:
+            limits.append(f"{tenant.prompt_tokens_per_s:g} prompt tokens a second")
+        who = "Each other tenant" if name == "*" else f"Tenant {name}"
+        may = f"may have {' and '.join(limits)}" if limits else "has no limit"
+        yield f"{who} {may}, weight {tenant.weight:g}, priority {tenant.priority:+d}."
+    if rules.admission.refuse_over is not None:
+        yield (
+            f"A request is refused when every predicted TTFT is over "
+            f"{rules.admission.refuse_over:g} times its SLO class's."
+        )
+
+
+def _fleet_sentences(policy: Policy) -> Iterator[str]:
+    """Yield how workers fall ill, recover, join and change their role."""
+    gateway, rules = policy.gateway, policy.scheduler.rebalance
+    if gateway.probe_generate_s is not None:
+        yield (
+            f"A worker silent for {gateway.probe_generate_s:g} s, or that failed, is asked for one "
+            f"token and has {gateway.probe_generate_timeout_s:g} s for it."
+        )
+    yield (
+        "A worker that comes back gets one request at a time until one succeeds; with each relapse "
+        f"it rests longer, from {gateway.rest_s:g} to {gateway.rest_max_s:g} s. The last worker of "
+        "a role is used though it fails, as long as it answers health probes."
+    )
+    if policy.fleet.watch is not None:
+        yield (
+            f"More workers stand in {policy.fleet.watch}, which is looked at every "
+            f"{policy.fleet.watch_s:g} s; one that is gone from it drains for at most "
+            f"{gateway.drain_s:g} s."
+        )
+    if rules.enabled:
+        yield (
+            f"A worker of role both moves to a role that is used to {rules.high:.0%} from one that "
+            f"is used to {rules.low:.0%} or less, at most one in {rules.hold_s:g} s."
+        )
 
 
 _RULES = {
@@ -236,7 +312,8 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address is this machine's own."""
     if host == "localhost":
         return True
     try:

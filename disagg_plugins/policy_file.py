@@ -6,14 +6,14 @@ import difflib
 import os
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from disagg_plugins.credentials import looks_like_a_secret, read_secret
 from disagg_plugins.errors import ConfigError
-from disagg_plugins.policy import Policy
+from disagg_plugins.policy import Fleet, Policy, Section, WorkerPolicy
 from disagg_plugins.policy_advice import advice, contradictions
 from disagg_plugins.scheduling.profile_file import read_profile
 from disagg_plugins.yaml_source import (
@@ -94,6 +94,57 @@ def read_policy(path: str | Path) -> LoadedPolicy:
     return LoadedPolicy(policy, absolute, tuple(advice(policy, absolute.parent)))
 
 
+class _FleetAlone(Section):
+    """So that what is wrong with a worker is found and told as in a policy."""
+
+    fleet: Fleet
+
+
+def read_workers(content: bytes, file: str) -> tuple[WorkerPolicy, ...]:
+    """Return the workers of a YAML list, as they stand in ``fleet.workers`` of a policy.
+
+    Raises:
+        ConfigError: Something is wrong; the text tells all of it, with file, line and key.
+    """
+    source = parse_yaml(content, file)
+    if not isinstance(source.data, list):
+        raise ConfigError(f"a list of workers is needed, not {_kind(source.data)}", file=file)
+    return _checked_workers(source.data, source.lines, file)
+
+
+def check_worker(data: object) -> WorkerPolicy:
+    """Return the worker that somebody describes as in ``fleet.workers`` of a policy.
+
+    Raises:
+        ConfigError: Something is wrong; the text tells all of it, with the keys.
+    """
+    return _checked_workers([data], {}, None)[0]
+
+
+def _checked_workers(
+    data: list[object], lines: Mapping[KeyPath, int], file: str | None
+) -> tuple[WorkerPolicy, ...]:
+    outer: KeyPath = ("fleet", "workers")
+    # The watch stands for the other workers, among whom one may write the answers.
+    whole = {"fleet": {"workers": data, "watch": "elsewhere"}}
+    source = YamlSource(whole, {(*outer, *path): line for path, line in lines.items()}, file or "")
+    problems = list(_secrets(source))
+    workers: list[WorkerPolicy] = []
+    try:
+        workers = _FleetAlone.model_validate(whole).fleet.workers
+    except ValidationError as exc:
+        problems += _problems(exc, source, {tuple(p.path) for p in problems})
+    for index, worker in enumerate(workers):
+        if worker.launch is not None:
+            text = "only `disagg up` starts workers, and only those of the policy"
+            problems.append(_Problem((*outer, index, "launch"), text))
+    if problems:
+        shown = 2 if file else 3  # one worker alone needs no index
+        inner = [replace(problem, shown=shown) for problem in problems]
+        raise _combined(inner, source)
+    return tuple(workers)
+
+
 def _with_profile(policy: Policy, base_dir: Path) -> Policy:
     """Return the policy with the path of its profile made absolute, after a look into the file."""
     named = policy.scheduler.profile
@@ -110,13 +161,14 @@ class _Problem:
     path: KeyPath
     text: str
     fix: str | None = None
+    shown: int = 0  # where the part of the path begins that is told
 
     def error(self, source: YamlSource) -> ConfigError:
         return ConfigError(
             self.text,
-            file=source.file,
+            file=source.file or None,
             line=source.line(self.path),
-            key=dotted(self.path) or None,
+            key=dotted(self.path[self.shown :]) or None,
             fix=self.fix,
         )
 
@@ -127,7 +179,7 @@ def _combined(problems: list[_Problem], source: YamlSource) -> ConfigError:
     if len(errors) == 1:
         return errors[0]
     lines = "".join(f"\n  {error}" for error in errors)
-    return ConfigError(f"{len(errors)} things are wrong:{lines}", file=source.file)
+    return ConfigError(f"{len(errors)} things are wrong:{lines}", file=source.file or None)
 
 
 def _secrets(source: YamlSource) -> Iterator[_Problem]:

@@ -51,6 +51,8 @@ class Worker:
         handoffs: Whether it takes part in handoffs. An engine may have modes for the two phases
             and none for both.
         kv_tokens: Tokens that its KV cache holds, or None where nobody has said so.
+        movable: Declared for both roles: the gateway may move it from one to the other.
+        role_switch: Its server has one role at a time and switches it when it is told to.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Worker:
     whole: bool = True
     handoffs: bool = True
     kv_tokens: int | None = None
+    movable: bool = False
+    role_switch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +185,10 @@ class RequestProfile:
         ttft_slo_s: The bound on TTFT that its SLO class sets, in seconds, or None.
         tpot_slo_s: The bound on TPOT that its SLO class sets, in seconds, or None.
         tokens_by: How ``prompt_tokens`` came about: ``ids``, ``tokenizer`` or ``estimate``.
+        admitted: It was admitted before and is decided again: it waited, or a worker failed it.
+        queued_tokens: Prompt tokens that wait at the gateway for a prefill worker, of requests
+            with its priority or a higher one.
+        own_queued_tokens: Prompt tokens that wait there of its own tenant.
         cached_tokens: How many of the prompt's tokens a worker is believed to hold, by its name,
             the best first; workers that hold none are absent.
     """
@@ -202,6 +210,9 @@ class RequestProfile:
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     tokens_by: TokensBy = "estimate"
+    admitted: bool = False
+    queued_tokens: int = 0
+    own_queued_tokens: int = 0
     cached_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -231,11 +242,13 @@ class Decision:
         route: Where the request goes.
         reason: In words, for the per-request record.
         problem: What keeps workers from sharing a handoff, where that decided; or empty.
+        taken: It is local only because every prefill worker that fits is taken: waiting helps.
     """
 
     route: Route
     reason: str
     problem: str = ""
+    taken: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,3 +102,24 @@ def test_load_policy_reads_a_file(tmp_path):
     path = tmp_path / "disagg.yaml"
     path.write_text(yaml.safe_dump(SMALLEST))
     assert load_policy(path) == load_policy(str(path)) == Policy.model_validate(SMALLEST)
+
+
+WORKER = {"name": "w", "url": "http://127.0.0.1:1", "role": "decode"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"fleet": {"workers": []}}, "name a file with watch"),
+        ({"fleet": {"workers": [{**WORKER, "role": "prefill"}]}}, "nothing could answer"),
+        ({"fleet": {"workers": [{**WORKER, "role_switch": True}]}}, "needs the role both"),
+        ({"scheduler": {"rebalance": {"high": 0.4, "low": 0.4}}}, "low must be below high"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(wrong, words):
+    with pytest.raises(ValidationError, match=words):
+        Policy.model_validate({"fleet": {"workers": [WORKER]}, **wrong})
+
+
+def test_the_workers_of_a_fleet_may_all_stand_in_a_watched_file():
+    assert Policy.model_validate({"fleet": {"watch": "workers.yaml"}}).fleet.workers == []

@@ -78,6 +78,28 @@ def test_a_policy_is_explained_in_words():
     assert "No request is split" in explain(policy(D))
 
 
+def test_how_a_fleet_changes_is_told():
+    text = explain(
+        policy(
+            B,
+            D,
+            fleet={"workers": [B, D], "watch": "more.yaml"},
+            scheduler={"rebalance": {"enabled": True}},
+        )
+    )
+    assert "More workers stand in more.yaml" in text
+    assert "moves to a role that is used to 80% from one that is used to 40% or less" in text
+    assert "is asked for one token and has 20 s for it" in text
+    assert "gets one request at a time until one succeeds" in text
+
+
+def test_of_a_fleet_whose_changes_are_off_nothing_is_told():
+    text = explain(policy(B, D, gateway={"probe_generate_s": None}))
+    assert "one token" not in text
+    assert "More workers" not in text
+    assert "moves to a role" not in text
+
+
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
@@ -128,3 +150,33 @@ def test_a_default_class_that_does_not_exist_cannot_work():
     [(path, problem)] = contradictions(policy(P, D, scheduler=rules))
     assert path == ("scheduler", "default_slo_class")
     assert "gold is none of" in problem
+
+
+def test_the_queue_and_the_tenants_are_explained():
+    tenants = {
+        "*": {"max_requests": 8, "prompt_tokens_per_s": 500},
+        "gold": {"weight": 4, "priority": 2},
+    }
+    rules = {
+        "queue": {"prefills_per_worker": 3, "order": "shortest", "max_wait_s": 4},
+        "tenants": tenants,
+        "admission": {"refuse_over": 1.5},
+    }
+    text = explain(policy(P, D, scheduler=rules))
+    for words in (
+        "reads 3 at once",
+        "wait at most 4 s, the shortest prompt first; who has waited 1 s goes before",
+        "Each other tenant may have 8 requests at once and 500 prompt tokens a second",
+        "Tenant gold has no limit, weight 4, priority +2",
+        "over 1.5 times its SLO class's",
+    ):
+        assert words in text, words
+    off = explain(policy(P, D, scheduler={"queue": {"max_waiting": 0}}))
+    assert "nobody waits" in off
+    assert "requests wait" not in explain(policy(D))
+
+
+@pytest.mark.parametrize(("order", "warns"), [("shortest", True), ("fifo", False)])
+def test_ageing_that_never_comes_is_warned_of(warned, order, warns):
+    queue = {"order": order, "ageing_s": 5, "max_wait_s": 5}
+    assert ("nobody waits long enough" in warned(P, D, scheduler={"queue": queue})) is warns

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from disagg_plugins.errors import RemoteProtocolError
 from disagg_plugins.gateway.dialect import Published
 from disagg_plugins.gateway.openai import not_splittable
+from disagg_plugins.types import Role
 from disagg_sglang.room import Room, pack_room
 
 if TYPE_CHECKING:
@@ -100,6 +101,19 @@ class SglangDialect:
             endpoints, token = published.endpoints, published.first_token
         room = Room(ref.ticket, [dict(endpoint) for endpoint in endpoints], token)
         return self._with_room(dict(self.local_body(body)), ref, room)
+
+    def role_switch(self, role: Role) -> tuple[str, Body] | None:
+        """Return the request by which an idle server takes a role.
+
+        It needs ``--enable-pd-role-switch``. Towards decode it asks how much memory CUDA graphs may
+        need before it captures them; 0 lets it capture in what there is.
+        """
+        if role is Role.BOTH:
+            return None
+        body: Body = {"new_role": role.value}
+        if role is Role.DECODE:
+            body["decode_cuda_graph_memory_gb"] = 0
+        return "/pd_role_switch", body
 
     def _with_room(self, body: Body, ref: HandoffRef, room: Room) -> Body:
         body["bootstrap_host"] = pack_room(room)

@@ -57,14 +57,21 @@ def num_ranks(args: Sequence[str]) -> int:
     return ranks if DP_ATTENTION in args else ranks * whole_number(args, DATA_PARALLEL)
 
 
-def role_flags(role: Role, port: str) -> tuple[str, ...]:
+ROLE_SWITCH = "--enable-pd-role-switch"
+
+
+def role_flags(role: Role, port: str, *, role_switch: bool = False) -> tuple[str, ...]:
     """Return the flags that make a server a prefill or a decode worker; none for both.
+
+    A server whose role can be switched begins as a decode worker.
 
     The bootstrap port is the worker's own HTTP port. SGLang binds it only in a backend's bootstrap
     server, and this project's listens nowhere; requests and registrations merely carry the number,
     as half of a prefill worker's address. So it has to differ between workers of one machine, which
     the default (8998) does not.
     """
+    if role_switch:
+        return (ROLE_SWITCH, *role_flags(Role.DECODE, port))
     if role is Role.BOTH:
         return ()
     return (
@@ -103,7 +110,7 @@ class SglangLauncher:
             parts.hostname or "127.0.0.1",
             "--port",
             port,
-            *role_flags(worker.role, port),
+            *role_flags(worker.role, port, role_switch=worker.role_switch),
             *launch.args,
         ]
         env = {POLICY_ENV: str(policy_path.absolute()), WORKER_ENV: worker.name}

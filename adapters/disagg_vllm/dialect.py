@@ -14,7 +14,7 @@ from disagg_plugins.gateway.openai import not_splittable
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, HandoffRef
-    from disagg_plugins.types import Family
+    from disagg_plugins.types import Family, Role
 
 KEY = "kv_transfer_params"
 VERSION = 1
@@ -158,6 +158,10 @@ class VllmDialect:
         }
         clean[KEY] = {**published.opaque, "disagg": record}
         return clean
+
+    def role_switch(self, role: Role) -> tuple[str, Body] | None:
+        """Return None: a server of vLLM with the connector does both phases all the time."""
+        return None
 
     def unresumable(self, body: Body, *, chat: bool) -> str | None:
         """Return why another vLLM worker could not go on with the answer, or None."""

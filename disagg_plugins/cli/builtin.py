@@ -19,6 +19,7 @@ def disagg_register_commands() -> Sequence[Command]:
     from disagg_plugins.cli.bench import BenchCommand
     from disagg_plugins.cli.doctor import DoctorCommand
     from disagg_plugins.cli.explain import ExplainCommand
+    from disagg_plugins.cli.fleet import FleetCommand
     from disagg_plugins.cli.plugins import PluginsCommand
     from disagg_plugins.cli.policy import PolicyCommand
     from disagg_plugins.cli.profile import ProfileCommand
@@ -30,6 +31,7 @@ def disagg_register_commands() -> Sequence[Command]:
     return [
         BenchCommand(),
         DoctorCommand(),
+        FleetCommand(),
         ExplainCommand(),
         PluginsCommand(),
         PolicyCommand(),

@@ -11,6 +11,8 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import ConfigError
@@ -25,8 +27,6 @@ from disagg_plugins.telemetry.records import RecordFile
 from disagg_plugins.types import HandoffId, Worker
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from disagg_plugins.plugins import PluginHost
     from disagg_plugins.policy import Policy
 
@@ -48,6 +48,7 @@ async def serve(
     *,
     secret: bytes,
     records_path: Path | None = None,
+    base_dir: Path | None = None,
     tokenizer: Path | None = None,
     ready: Callable[[Gateway], object] | None = None,
     stop: asyncio.Event,
@@ -59,6 +60,7 @@ async def serve(
         host: The loaded plugins.
         secret: The fleet's secret.
         records_path: Where to write records; None: nowhere.
+        base_dir: Folder where relative paths of the policy start; None: the current one.
         tokenizer: The model's folder or ``tokenizer.json``; None: as the policy says.
         ready: Called once the port accepts connections.
         stop: Set it to end; open requests get ``gateway.drain_s``.
@@ -74,6 +76,9 @@ async def serve(
         try:
             path = tokenizer or policy.scheduler.tokenizer
             parts = _parts(policy, host, secret, records, path)
+            watch = policy.fleet.watch
+            if watch is not None:
+                parts = replace(parts, watch=(base_dir or Path()) / watch.expanduser())
             await _run(policy, parts, sock, ready, stop)
         finally:
             sock.close()
@@ -218,6 +223,7 @@ def _parts(
         mint=new_handoff,
         records=records,
         plugin_failures=plugin_failures,
+        rebalance=host.placement.select_rebalance,
         counter=None if tokenizer is None else load_token_counter(tokenizer),
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.fleet import FleetState, Work
+    from disagg_plugins.gateway.fleet import FleetState
+    from disagg_plugins.gateway.worker_state import Work
 
 
 class Claims:

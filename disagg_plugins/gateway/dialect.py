@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from disagg_plugins.types import Family, HandoffId, Worker
+    from disagg_plugins.types import Family, HandoffId, Role, Worker
 
 Body = dict[str, object]
 """A JSON object."""
@@ -118,6 +118,13 @@ class Dialect(Protocol):
             ref: The handoff.
             published: What the prefill side's ``published`` returned; None in the rendezvous
                 family.
+        """
+        ...
+
+    def role_switch(self, role: Role) -> tuple[str, Body] | None:
+        """Return path and body of the request by which a running server takes ``role``.
+
+        None: the engine's servers do both phases all the time, or cannot be told.
         """
         ...
 

@@ -3,7 +3,7 @@
 Anyone who reaches the port may read health, models and metrics. ``/internal/status`` and
 ``/internal/explain`` name workers' addresses, processes and problems: they are for clients on this
 host, and for holders of the fleet's secret, who sign the request like a report.
-``/internal/reports`` always wants that signature.
+``/internal/reports`` always wants that signature. ``/internal/workers`` is in ``admin.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from disagg_plugins.telemetry.reports import MAX_BODY_BYTES, read_reports, verif
 if TYPE_CHECKING:
     from disagg_plugins.gateway.client_connection import ClientConnection, Request
     from disagg_plugins.gateway.server import Gateway
+    from disagg_plugins.gateway.worker_state import WorkerState
 
 MAX_HELLO_KEYS = 16
 TEXT = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
@@ -72,13 +73,13 @@ def metrics(gateway: Gateway, request: Request, client: ClientConnection) -> Non
 
 def status(gateway: Gateway, request: Request, client: ClientConnection) -> None:
     """Answer everything that ``disagg doctor --live`` reads, on this host or with a signature."""
-    if _may_see(gateway, request, client):
+    if may_see(gateway, request, client):
         client.answer(200, encode(status_of(gateway)))
 
 
 def explain(gateway: Gateway, request: Request, client: ClientConnection) -> None:
     """Answer why a recent request went where it went; to the same clients as the status."""
-    if not _may_see(gateway, request, client):
+    if not may_see(gateway, request, client):
         return
     query = request.path.partition(b"?")[2].decode("latin-1")
     name = parse_qs(query, max_num_fields=4).get("id", [""])[0]
@@ -93,7 +94,7 @@ def explain(gateway: Gateway, request: Request, client: ClientConnection) -> Non
     client.answer(200, encode(explanation.plain()))
 
 
-def _may_see(gateway: Gateway, request: Request, client: ClientConnection) -> bool:
+def may_see(gateway: Gateway, request: Request, client: ClientConnection) -> bool:
     """Return whether the client may see the gateway's state; if not, it has been told so."""
     proof = header_value(request.headers, b"x-disagg-signature")
     proxied = any(name in PROXIED for name, _ in request.headers)
@@ -128,48 +129,22 @@ def same_host(peer: str | None, here: str | None) -> bool:
 
 def status_of(gateway: Gateway) -> dict[str, object]:
     """Return the state of the gateway; holds no secret and no content of requests."""
-    workers = []
-    for state in gateway.fleet.states.values():
-        workers.append(
-            {
-                "name": state.worker.name,
-                "url": state.worker.url,
-                "engine": state.worker.engine,
-                "role": str(state.worker.role),
-                "handoffs": state.worker.handoffs,
-                "whole": state.worker.whole,
-                "healthy": state.healthy,
-                "reason": state.reason,
-                "models": list(state.models),
-                "requests": state.requests,
-                "prompt_tokens": state.prompt_tokens,
-                "capacity": state.worker.capacity,
-                "prefills": state.prefills,
-                "kv_tokens": state.kv_tokens,
-                "kv_room_tokens": state.worker.kv_tokens,
-                "kv_usage": state.kv_usage,
-                "tokens_read": gateway.read_tokens[state.worker.name],
-                "tokens_written": state.tokens_written,
-                "served": state.served,
-                "failed": dict(state.failed),
-                "last_problem": state.last_problem,
-                "hello": dict(state.hello) if state.hello is not None else None,
-                "connections": gateway.pools[state.worker.name].counts(),
-                "kv_events": gateway.prompts.events.told(state.worker.name),
-            }
-        )
     return {
         "version": __version__,
         "model": gateway.fleet.model(),
         "draining": gateway.draining,
         "in_flight": len(gateway.active),
+        "waiting": len(gateway.entrance),
         "counting": len(gateway.counting),
         "tokens_by": "estimate" if gateway.prompts.counter is None else "tokenizer",
         "client_connections": len(gateway.connections),
         "handoffs_open": len(gateway.ledger),
         "tasks": len(gateway.running()),
         "roles": gateway.fleet.ready(),
-        "workers": workers,
+        "workers": [worker_status(gateway, s) for s in gateway.fleet.states.values()],
+        "fleet_file": gateway.members.file_problem,
+        "role_change": gateway.rebalancer.moving(),
+        "role_changes": gateway.rebalancer.changes,
         "split_problems": gateway.fleet.problems(),
         "split": _split_share(gateway),
         "min_prompt_tokens": gateway.policy.scheduler.split.min_prompt_tokens,
@@ -180,6 +155,41 @@ def status_of(gateway: Gateway) -> dict[str, object]:
         "reports_rejected": gateway.metrics.counts("disagg_reports_rejected"),
         "reports_received": gateway.metrics.counts("disagg_reports_received"),
         "plugin_failures": gateway.plugin_failures(),
+    }
+
+
+def worker_status(gateway: Gateway, state: WorkerState) -> dict[str, object]:
+    """Return what is known of one worker."""
+    return {
+        "name": state.worker.name,
+        "url": state.worker.url,
+        "engine": state.worker.engine,
+        "role": str(state.worker.role),
+        "handoffs": state.worker.handoffs,
+        "whole": state.worker.whole,
+        "movable": state.worker.movable,
+        "healthy": state.healthy,
+        "kept": state.kept,
+        "trial": state.trial,
+        "draining": state.draining,
+        "relapses": state.relapses,
+        "reason": state.reason,
+        "models": list(state.models),
+        "requests": state.requests,
+        "prompt_tokens": state.prompt_tokens,
+        "capacity": state.worker.capacity,
+        "prefills": state.prefills,
+        "kv_tokens": state.kv_tokens,
+        "kv_room_tokens": state.worker.kv_tokens,
+        "kv_usage": state.kv_usage,
+        "tokens_read": gateway.read_tokens[state.worker.name],
+        "tokens_written": state.tokens_written,
+        "served": state.served,
+        "failed": dict(state.failed),
+        "last_problem": state.last_problem,
+        "hello": dict(state.hello) if state.hello is not None else None,
+        "connections": gateway.pools[state.worker.name].counts(),
+        "kv_events": gateway.prompts.events.told(state.worker.name),
     }
 
 

@@ -21,7 +21,7 @@ from disagg_plugins.gateway.answers import Answers
 from disagg_plugins.gateway.chunks import passing, stripping
 from disagg_plugins.gateway.claims import Claims
 from disagg_plugins.gateway.containment import contained
-from disagg_plugins.gateway.fleet import Work, expected_output
+from disagg_plugins.gateway.fleet import expected_output
 from disagg_plugins.gateway.refusals import RequestError
 from disagg_plugins.gateway.resumption import Resumption
 from disagg_plugins.gateway.sse import SseObserver, carries_output, failed_at_once, read_answer
@@ -29,6 +29,7 @@ from disagg_plugins.gateway.surroundings import Surroundings, record_of
 from disagg_plugins.gateway.timeline import Timeline
 from disagg_plugins.gateway.upstream import Call
 from disagg_plugins.gateway.wire import header_value, post
+from disagg_plugins.gateway.worker_state import Work
 from disagg_plugins.telemetry.records import FailureRecord
 from disagg_plugins.types import Disaggregated
 
@@ -480,12 +481,10 @@ class Exchange:
         self._bodies[side] = []
         self._sizes_bytes[side] = 0
         self.surroundings.sent(self.record, self._times, side, worker, gateway.fleet.view())
-        gateway.fleet.begin(worker.name, work)
-        self._claims.note(side, worker.name, work)
-        pool = gateway.pools[worker.name]
-        path = self._parsed.endpoint.encode("ascii")
-        call = Call(side, post(path, pool.host_header, self._shared, body), self)
-        self._calls[side] = call
+        pool, given = gateway.members.give(worker, work)
+        self._claims.note(side, worker.name, given)
+        path, host = self._parsed.endpoint.encode("ascii"), pool.host_header
+        self._calls[side] = call = Call(side, post(path, host, self._shared, body), self)
         pool.submit(call)
 
     def _start_answer(self, _: f.Command) -> None:

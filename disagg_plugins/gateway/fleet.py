@@ -1,31 +1,26 @@
 """What the gateway knows of its workers, and what follows from it (sans-IO).
 
 A worker is healthy once a probe succeeded; ``unhealthy_after`` failures in a row, or a refused
-connection, take it out until a probe succeeds again. A worker that serves another model than its
-fleet stays out, with the reason told.
+connection, take it out until a probe succeeds again. Then it is on trial until it has served a
+request. A worker that serves another model than its fleet stays out, with the reason told. Where
+every worker that could do the work of a role is ill, the least bad one that still answers its
+health probe is kept in use: slow or failing is better than nothing.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from disagg_plugins.gateway.dialect import Dialect, pair_family, tells_endpoints
 from disagg_plugins.gateway.pairs import Across, PairProblems
+from disagg_plugins.gateway.role_lists import PHASES, RoleLists
+from disagg_plugins.gateway.worker_state import GONE, NOT_SICK, Work, WorkerState
 from disagg_plugins.types import Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
 
 if TYPE_CHECKING:
     from disagg_plugins.telemetry.records import RequestRecord
-
-MAX_KINDS = 64
-"""Distinct failure kinds remembered a worker; they come from the gateway's own short list and
-HTTP status codes."""
-
-NOT_SICK = re.compile(r"http_4\d\d|no_handoff")
-"""Failures that a worker with sound health answers: they are counted, but it stays in."""
-
 
 EXPECTED_OUTPUT_TOKENS = 256
 """Of a request that bounds its answer by nothing but the model: about the mean of chat traffic
@@ -34,7 +29,8 @@ EXPECTED_OUTPUT_TOKENS = 256
 MOST_EXPECTED_TOKENS = 4096
 """A bound may be any number, and most answers end far below a large one."""
 
-PHASES = (Role.PREFILL, Role.DECODE)
+LEFT_REMEMBERED = 1024
+"""Workers that left whose processes are told from those of a later worker of the same name."""
 
 MAX_RANKS = 256
 """As many as ``handoff.endpoints`` takes of one worker."""
@@ -52,62 +48,6 @@ MUST_AGREE = (
 """What two workers say of themselves that must be equal before a request is split over them."""
 
 
-@dataclass(slots=True)
-class WorkerState:
-    """Everything known of one worker."""
-
-    worker: Worker
-    requests: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    kv_tokens: int = 0
-    prefills: int = 0
-    kv_usage: float | None = None
-    failures: int = 0
-    healthy: bool = False
-    reason: str = "not probed yet"
-    models: tuple[str, ...] = ()
-    served: int = 0
-    tokens_written: int = 0
-    failed: dict[str, int] = field(default_factory=dict)
-    last_problem: str = ""
-    hello: Mapping[str, object] | None = None
-    endpoints: dict[int, Mapping[str, object]] = field(default_factory=dict)
-
-    def load(self) -> WorkerLoad:
-        """Return what the scheduler sees."""
-        return WorkerLoad(
-            self.requests,
-            self.prompt_tokens,
-            self.failures,
-            self.healthy,
-            self.output_tokens,
-            self.kv_tokens,
-            self.prefills,
-            self.kv_usage,
-        )
-
-    @property
-    def has_room(self) -> bool:
-        """Whether it takes requests and has fewer than its capacity."""
-        return self.healthy and self.requests < self.worker.capacity
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one request asks of one worker, in tokens.
-
-    Attributes:
-        prompt_tokens: To be read there; 0 where the KV comes from elsewhere.
-        context_tokens: Of the prompt, whose KV it will hold.
-        output_tokens: To be written there, as far as one can know.
-    """
-
-    prompt_tokens: int = 0
-    context_tokens: int = 0
-    output_tokens: int = 0
-
-
 class FleetState:
     """The workers of one deployment."""
 
@@ -119,61 +59,164 @@ class FleetState:
         model: str | None,
         unhealthy_after: int,
     ) -> None:
-        self.workers = workers = tuple(_with_dialect(w, dialects.get(w.engine)) for w in workers)
         self.dialects = dialects
-        self.states = {w.name: WorkerState(w) for w in workers}
+        self.states: dict[str, WorkerState] = {}
         self._model = model
         self._unhealthy_after = unhealthy_after
-        self._names = {w.name: w for w in workers}
-        self._loads = {name: state.load() for name, state in self.states.items()}
+        self._names: dict[str, Worker] = {}
+        self._loads: dict[str, WorkerLoad] = {}
+        self.on_freed: Callable[[str], object] = bool  # called when a worker may take more
         self._stale: set[str] = set()  # loads to be made anew when somebody looks
-        self._ready: dict[Role, Sequence[Worker]] = dict.fromkeys(PHASES, ())
-        self._room = dict.fromkeys(PHASES, 0)
-        self._roomy: set[str] = set()
-        self._unsorted = True  # some worker's health changed: the lists are to be made anew
+        self._lists = RoleLists()
+        self._joined = 0  # workers that ever joined
+        self._left: dict[str, tuple[str, list[Mapping[str, object]]]] = {}
+        self._kept: set[str] = set()
+        self._dependent = 0  # workers that take handed-over requests only
+        self._ailing = False  # the health of some worker changed, so who is kept may change
         self._pairs = PairProblems(self._names, self._pair_problem, self._kind)
-        index = FleetIndex(self._ready, self._names, self._room)
-        self._view = FleetView(workers, self._loads, self._pairs, index)
+        self._view: FleetView | None = None  # None: to be made anew, the workers changed
+        self._spoken: tuple[FleetView | None, tuple[Dialect, ...]] = None, ()
         for worker in workers:
-            self._pairs.changed(worker)
+            self.add(worker)
+
+    # Who belongs to it
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Return the workers as they are used now, in the order of joining."""
+        return tuple(self._names.values())
+
+    def add(self, worker: Worker) -> WorkerState:
+        """A worker joins; it takes requests once a probe succeeded.
+
+        Raises:
+            ValueError: There is one of that name.
+        """
+        if worker.name in self.states:
+            raise ValueError(f"there is a worker {worker.name!r} already")
+        used = as_used(worker, self.dialects.get(worker.engine))
+        state = WorkerState(used, worker, self._joined)
+        state.role_known = not used.role_switch
+        self._joined += 1
+        self.states[worker.name] = state
+        self._loads[worker.name] = state.load()
+        self._use(state, used)
+        return state
+
+    def remove(self, name: str) -> None:
+        """A worker leaves, whatever it still has; what is heard of it later has no effect.
+
+        Raises:
+            KeyError: There is no such worker.
+        """
+        state = self.states.pop(name)
+        self._left.pop(name, None)
+        if state.endpoints:
+            self._left[name] = (state.worker.url, list(state.endpoints.values()))
+            if len(self._left) > LEFT_REMEMBERED:
+                del self._left[next(iter(self._left))]
+        self._dependent -= not state.worker.whole
+        self._stale.discard(name)
+        self._kept.discard(name)
+        self._lists.take(name)
+        self._pairs.gone(name)
+        del self._names[name], self._loads[name]
+        self._view = None
+        self._ailing = True
+
+    def change(self, name: str, declared: Worker) -> None:
+        """A worker is described anew: same address, engine and role, other numbers or labels."""
+        state = self.states[name]
+        state.declared = declared
+        self._use(
+            state,
+            replace(
+                state.worker,
+                capacity=declared.capacity,
+                labels=declared.labels,
+                kv_tokens=declared.kv_tokens,
+            ),
+        )
+
+    def set_role(self, name: str, role: Role) -> None:
+        """A worker is used for ``role`` from now on."""
+        state = self.states[name]
+        self._use(state, in_role(state.worker, role, self.dialects.get(state.worker.engine)))
+
+    def drain(self, name: str, draining: bool = True) -> None:
+        """A worker takes nothing new, or takes requests again."""
+        self.states[name].draining = draining
+        self._stale.add(name)
+        self._ailing = True
+
+    def _use(self, state: WorkerState, worker: Worker) -> None:
+        name = worker.name
+        known = self._names.get(name)
+        self._dependent += (not worker.whole) - (known is not None and not known.whole)
+        state.worker = self._names[name] = worker
+        self._pairs.changed(worker)
+        self._stale.add(name)
+        self._view = None
+        self._ailing = True
+
+    # What the scheduler sees
 
     def view(self) -> FleetView:
-        """Return the fleet as the scheduler sees it now; the next call brings it up to date."""
+        """Return the fleet as the scheduler sees it now; the next call brings it up to date.
+
+        Another object is returned when workers joined, left or changed.
+        """
         while self._stale:
             self._renew(self._stale.pop())
-        if self._unsorted:
-            self._sort()
+        if self._ailing or self._lists.changed:
+            self._care()
+        if self._view is None:
+            index = FleetIndex(self._lists.ready, self._names, self._lists.room)
+            self._view = FleetView(self.workers, self._loads, self._pairs, index)
         return self._view
 
     def _renew(self, name: str) -> None:
-        state, old = self.states[name], self._loads[name]
-        new = self._loads[name] = state.load()
-        if new.healthy != old.healthy:
-            self._unsorted = True
-        elif state.has_room != (name in self._roomy):
-            self._count_room(state)
-
-    def _count_room(self, state: WorkerState) -> None:
-        name, step = state.worker.name, 1 if state.has_room else -1
-        for role in PHASES:
-            if state.worker.role.serves(role):
-                self._room[role] += step
-        if step > 0:
-            self._roomy.add(name)
+        state = self.states[name]
+        load = self._loads[name] = state.load()
+        if load.healthy:
+            has_room, trial = state.has_room, state.trial
+            self._lists.put(state.order, state.worker, has_room=has_room, trial=trial)
         else:
-            self._roomy.discard(name)
+            self._lists.take(name)
 
-    def _sort(self) -> None:
-        """Make the lists of healthy workers anew: when one falls ill or recovers, not before."""
-        self._unsorted = False
-        self._room.update(dict.fromkeys(PHASES, 0))
-        self._roomy.clear()
-        healthy = [w for w in self.workers if self.states[w.name].healthy]
-        for role in PHASES:
-            self._ready[role] = tuple(w for w in healthy if w.role.serves(role))
-        for worker in healthy:
-            if self.states[worker.name].has_room:
-                self._count_room(self.states[worker.name])
+    def _care(self) -> None:
+        """Decide who is kept though ill, and who needs no trial because nobody else is there."""
+        self._ailing = False
+        for name in [n for n in self._kept if not self._is_needed(self.states[n])]:
+            self._keep(name, False)
+        for role in self._roles_needed():
+            if not self._lists.now(role):
+                ill = [s for s in self.states.values() if _could_do(s, role)]
+                if ill:
+                    self._keep(min(ill, key=lambda s: (s.failures, s.order)).worker.name, True)
+        for role in tuple(self._lists.changed):
+            listed = self._lists.now(role)
+            if len(listed) == self._lists.tried[role]:
+                for worker in tuple(listed):
+                    self.states[worker.name].trial = False
+                    self._renew(worker.name)
+        self._lists.settle()
+
+    def _roles_needed(self) -> tuple[Role, ...]:
+        """Return the roles without which requests fail; most decode workers can do without."""
+        return PHASES if self._dependent else (Role.DECODE,)
+
+    def _is_needed(self, state: WorkerState) -> bool:
+        """Return whether a worker that is ill has to stay in use."""
+        return any(
+            _could_do(state, role) and all(self.states[w.name].kept for w in self._lists.now(role))
+            for role in self._roles_needed()
+        )
+
+    def _keep(self, name: str, kept: bool) -> None:
+        self.states[name].kept = kept
+        (self._kept.add if kept else self._kept.discard)(name)
+        self._renew(name)
 
     def view_for(self, model: str, *, without: Iterable[str] = ()) -> FleetView:
         """Return the fleet as far as it serves ``model``: not every engine refuses another name.
@@ -190,9 +233,13 @@ class FleetState:
         loads = {**view.loads, **dict.fromkeys(out, WorkerLoad(healthy=False))}
         return FleetView(self.workers, loads, self._pairs)
 
-    def begin(self, name: str, work: Work) -> None:
-        """A request is given to a worker."""
-        state = self.states[name]
+    # What becomes of requests
+
+    def begin(self, name: str, work: Work) -> Work:
+        """A request is given to a worker; returns what to end with."""
+        state = self.states.get(name)
+        if state is None:
+            return work
         state.requests += 1
         state.output_tokens += work.output_tokens
         state.kv_tokens += work.context_tokens + work.output_tokens
@@ -200,24 +247,42 @@ class FleetState:
             state.prompt_tokens += work.prompt_tokens
             state.prefills += 1
         self._stale.add(name)
+        return Work(work.prompt_tokens, work.context_tokens, work.output_tokens, state.order)
+
+    def _given(self, name: str, work: Work) -> WorkerState | None:
+        """Return the worker that has ``work``, or None if it has left."""
+        state = self.states.get(name)
+        if state is None or work.given_to not in (None, state.order):
+            return None
+        return state
 
     def prompt_read(self, name: str, work: Work) -> Work:
         """The worker has read the prompt; returns the work that is left."""
-        if work.prompt_tokens:
-            state = self.states[name]
+        state = self._given(name, work)
+        if state is not None:
+            state.signs += 1
+        return self._prompt_over(name, work)
+
+    def _prompt_over(self, name: str, work: Work) -> Work:
+        state = self._given(name, work)
+        if work.prompt_tokens and state is not None:
             state.prompt_tokens -= work.prompt_tokens
             state.prefills -= 1
             self._stale.add(name)
+            self.on_freed(name)
         return replace(work, prompt_tokens=0)
 
     def end(self, name: str, work: Work) -> None:
         """The request left the worker; ``work`` as ``begin`` or ``prompt_read`` left it."""
-        self.prompt_read(name, work)
-        state = self.states[name]
+        self._prompt_over(name, work)
+        state = self._given(name, work)
+        if state is None:
+            return
         state.requests -= 1
         state.output_tokens -= work.output_tokens
         state.kv_tokens -= work.context_tokens + work.output_tokens
         self._stale.add(name)
+        self.on_freed(name)
 
     def wrote(self, record: RequestRecord) -> None:
         """A request ended: count its tokens where they were written.
@@ -230,46 +295,81 @@ class FleetState:
 
     def succeeded(self, name: str) -> None:
         """The worker did its part of a request."""
-        state = self.states[name]
-        state.served += 1
-        state.failures = 0
+        state = self.states.get(name)
+        if state is not None:
+            state.succeeded()
+            self._stale.add(name)
 
     def failed(self, name: str, kind: str, detail: str) -> None:
         """The worker failed a request."""
-        state = self.states[name]
-        if kind in state.failed or len(state.failed) < MAX_KINDS:
-            state.failed[kind] = state.failed.get(kind, 0) + 1
-        state.last_problem = f"{kind}: {detail}"
+        state = self.states.get(name)
+        if state is None:
+            return
+        state.count_failure(kind, detail)
         if not NOT_SICK.fullmatch(kind):
             self._failure(state, kind, detail)
 
-    def probe_failed(self, name: str, kind: str, detail: str) -> None:
-        """A health probe failed."""
-        self._failure(self.states[name], kind, detail)
+    # What probes find
+
+    def probe_failed(self, name: str, kind: str, detail: str, *, reachable: bool = False) -> None:
+        """A health probe failed; ``reachable``: the server answered, but its engine did not."""
+        state = self.states[name]
+        state.reachable = reachable
+        self._failure(state, kind, detail)
 
     def _failure(self, state: WorkerState, kind: str, detail: str) -> None:
         state.failures += 1
-        if state.failures >= self._unhealthy_after or kind in ("refused", "unreachable"):
-            state.healthy = False
-            state.reason = f"{kind}: {detail}"
+        if kind in GONE:
+            state.reachable = False
+            state.role_known = not state.worker.role_switch
+        if state.failures >= self._unhealthy_after or kind in GONE:
+            state.out(f"{kind}: {detail}")
         self._stale.add(state.worker.name)
+        self._ailing = True
 
     def probe_ok(self, name: str, models: tuple[str, ...]) -> None:
         """A probe succeeded; the worker serves ``models``."""
         state = self.states[name]
+        was = state.healthy, state.kept
         state.models = models
         expected = self.model()
         if expected is not None and expected not in models:
-            state.healthy = False
-            state.reason = (
+            state.reachable = False
+            state.out(
                 f"two models in one fleet: {name} serves {', '.join(models) or 'nothing'}, the "
                 f"fleet serves {expected}"
             )
         else:
-            state.healthy = True
-            state.reason = ""
-            state.failures = 0
+            state.back()
         self._stale.add(name)
+        self._ailing = self._ailing or was != (state.healthy, False)
+
+    def switching(self, name: str) -> None:
+        """The server of a worker is told to take another role: what it said is void."""
+        state = self.states[name]
+        state.unheard()
+        state.switching = True
+        self._pairs.changed(state.worker)
+
+    def role_is(self, name: str, known: bool, reason: str = "") -> None:
+        """The server of a worker said that it is in its role; or nobody knows: it rests."""
+        state = self.states[name]
+        state.role_known = known
+        state.switching = False
+        if not known:
+            state.reachable = False
+            state.out(reason)
+        self._stale.add(name)
+        self._ailing = True
+
+    def dialects_here(self) -> tuple[Dialect, ...]:
+        """Return the dialects of the fleet's engines; made anew when its workers change."""
+        view = self.view()
+        if view is not self._spoken[0]:
+            engines = {worker.engine for worker in view.workers}
+            spoken = tuple(d for name, d in self.dialects.items() if name in engines)
+            self._spoken = view, spoken
+        return self._spoken[1]
 
     def model(self) -> str | None:
         """Return the model of the fleet: the policy's, else the first worker's in file order."""
@@ -298,8 +398,11 @@ class FleetState:
         state = self.states.get(name)
         if state is None:
             return False
-        state.hello = hello
         rank, endpoint = hello.get("tp_rank"), hello.get("endpoint")
+        url, before = self._left.get(name, ("", []))
+        if endpoint in before and url != state.worker.url:
+            return False  # said by the process of a worker that had this name before
+        state.hello = hello
         if isinstance(rank, int) and 0 <= rank < MAX_RANKS and isinstance(endpoint, dict):
             state.endpoints[rank] = endpoint
         self._pairs.changed(state.worker)
@@ -387,10 +490,27 @@ def _differing(ours: object, theirs: object, key: str) -> str:
     return "".join(f" ({k} {ours[k]!r:.200} and {theirs.get(k)!r:.200})" for k in fields)
 
 
-def _with_dialect(worker: Worker, dialect: Dialect | None) -> Worker:
-    """Return ``worker`` as its engine makes it: able to serve alone, to take handoffs, or both."""
+def _could_do(state: WorkerState, role: Role) -> bool:
+    """Return whether a worker that is ill still answers and could do the work of ``role``."""
+    able = state.reachable and not state.healthy and not state.draining
+    return able and state.worker.role.serves(role)
+
+
+def as_used(worker: Worker, dialect: Dialect | None) -> Worker:
+    """Return ``worker`` as its engine makes it: able to serve alone, to take handoffs, or both.
+
+    An engine without a mode for both phases begins as a decode worker where its role can be
+    switched, and takes no part in handoffs where it cannot.
+    """
+    whole = dialect is None or dialect.decode_is_whole
+    movable = worker.role is Role.BOTH and (whole or worker.role_switch)
+    worker = replace(worker, movable=movable, role_switch=movable and not whole)
+    return in_role(worker, Role.DECODE if worker.role_switch else worker.role, dialect)
+
+
+def in_role(worker: Worker, role: Role, dialect: Dialect | None) -> Worker:
+    """Return ``worker`` in ``role``, as its engine makes it there."""
     if dialect is None or dialect.decode_is_whole:
-        return worker
-    if worker.role is Role.BOTH:
-        return replace(worker, handoffs=False)
-    return replace(worker, whole=False)
+        return replace(worker, role=role)
+    both = role is Role.BOTH
+    return replace(worker, role=role, whole=both, handoffs=not both)

@@ -258,7 +258,7 @@ Command = (
 NOT_THE_CLIENTS_FAULT = frozenset({404, 408, 429})
 """4xx answers of a prefill worker that speak of the worker, not of the request."""
 
-STATUS_OF = {"refused": 503, "unreachable": 503, "timeout": 504}
+STATUS_OF = {"refused": 503, "unreachable": 503, "gone": 503, "drained": 503, "timeout": 504}
 """What a failed decode becomes for the client; everything else is 502."""
 
 

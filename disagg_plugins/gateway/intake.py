@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,12 @@ from typing import TYPE_CHECKING
 from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
 from disagg_plugins.gateway.counting import WaitsForCount
+from disagg_plugins.gateway.entrance import (
+    RETRY_ELSEWHERE_S,
+    SHUTTING_DOWN,
+    Pending,
+    tenant_of,
+)
 from disagg_plugins.gateway.exchange import Exchange
 from disagg_plugins.gateway.openai import ParsedRequest, parse_request
 from disagg_plugins.gateway.refusals import RequestError
@@ -18,7 +25,7 @@ from disagg_plugins.gateway.sessions import session_of
 from disagg_plugins.gateway.slo_classes import slo_class_of
 from disagg_plugins.gateway.wire import header_value, request_id, upstream_headers
 from disagg_plugins.policy import SloClass
-from disagg_plugins.types import RequestProfile
+from disagg_plugins.types import Decision, RequestProfile
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.explanations import Explanation
@@ -51,9 +58,10 @@ class Intake:
             )
             self._check_model(parsed)
             self._check_room()
+            tenant = tenant_of(request.headers, parsed.tenant)
             session = session_of(request.headers, parsed.body)
-            if session is not None:
-                parsed = replace(parsed, session=session)
+            if session is not None or tenant != parsed.tenant:
+                parsed = replace(parsed, session=session, tenant=tenant)
         except (RequestError, NoCapacityError) as exc:
             self._refused(client, exc, b"x-request-id: %b\r\n" % name.encode("ascii"))
             return
@@ -101,7 +109,7 @@ class Intake:
         name: str,
         now_s: float,
     ) -> None:
-        """Route a request whose prompt is counted, and begin it."""
+        """Route a request whose prompt is counted, and begin it, or let it wait."""
         gateway = self._gateway
         lines = b"x-request-id: %b\r\n" % name.encode("ascii")
         explained = header_value(request.headers, EXPLAIN) is not None
@@ -110,9 +118,10 @@ class Intake:
             foreign = parsed.model not in (None, gateway.fleet.model())
             parsed = gateway.prompts.read(parsed, ids, foreign)
             slo_class = slo_class_of(request.headers, gateway.policy.scheduler)
-            profile = self.profile(name, parsed, now_s, slo_class)
-            explanation = gateway.explanations.begin(profile)
-            decision = gateway.decide(explanation, parsed.body)
+            explanation = gateway.explanations.begin(self.profile(name, parsed, now_s, slo_class))
+            shared = upstream_headers(request.headers, name)
+            pending = Pending(client, parsed, explanation, shared, lines, explained)
+            decision = gateway.entrance.admit(pending)
         except (RequestError, NoCapacityError) as exc:
             more = b""
             if explanation is not None and isinstance(exc, NoCapacityError):
@@ -120,16 +129,35 @@ class Intake:
                 more = _explain_line(explanation) if explained else b""
             self._refused(client, exc, lines, more)
             return
-        gateway.prompts.routed(explanation.profile, decision.route)
-        exchange = Exchange(
-            gateway,
-            client,
-            parsed,
-            decision,
-            profile=profile,
-            shared_headers=upstream_headers(request.headers, name),
-            answer_headers=lines + (_explain_line(explanation) if explained else b""),
-        )
+        if decision is not None:
+            self.begin(pending, decision)
+
+    def refuse_waiting(self, pending: Pending, exc: NoCapacityError) -> None:
+        """Refuse a request that has waited."""
+        pending.explanation.refused = exc.problem
+        more = _explain_line(pending.explanation) if pending.explained else b""
+        self._refused(pending.client, exc, pending.answer_headers, more)
+
+    def begin(self, pending: Pending, decision: Decision, queue_s: float = 0.0) -> None:
+        """Begin a request that was admitted."""
+        gateway, profile, explanation = self._gateway, pending.profile, pending.explanation
+        gateway.prompts.routed(profile, decision.route)
+        lines = pending.answer_headers
+        try:
+            exchange = Exchange(
+                gateway,
+                pending.client,
+                pending.parsed,
+                decision,
+                profile=profile,
+                shared_headers=pending.shared_headers,
+                answer_headers=lines + (_explain_line(explanation) if pending.explained else b""),
+            )
+        except BaseException:
+            gateway.entrance.failed(pending)
+            raise
+        gateway.entrance.began(exchange, profile.tenant)
+        exchange.record.queue_s = queue_s
         explanation.record = exchange.record
         gateway.active.add(exchange)
         exchange.begin()
@@ -145,7 +173,7 @@ class Intake:
             self._gateway.metrics.count("disagg_client_errors", (str(exc.status),))
             client.answer(exc.status, exc.body(), JSON + lines)
             return
-        lines += b"retry-after: %d\r\n" % max(1, round(exc.retry_after_s))
+        lines += b"retry-after: %d\r\n" % max(1, math.ceil(exc.retry_after_s))
         lines += more
         self._gateway.refuse(client, exc.status, exc.problem, code="no_capacity", lines=lines)
 
@@ -161,9 +189,10 @@ class Intake:
 
     def _check_room(self) -> None:
         if self._gateway.draining:
-            raise NoCapacityError("the gateway is shutting down", retry_after_s=5.0)
-        bound = self._gateway.policy.gateway.max_requests
-        if len(self._gateway.active) + len(self._gateway.counting) >= bound:
+            raise NoCapacityError(SHUTTING_DOWN, retry_after_s=RETRY_ELSEWHERE_S)
+        gateway = self._gateway
+        bound = gateway.policy.gateway.max_requests
+        if len(gateway.active) + len(gateway.counting) + len(gateway.entrance) >= bound:
             raise NoCapacityError(
                 f"{bound} requests are in flight (policy key gateway.max_requests)",
                 retry_after_s=1.0,
@@ -172,9 +201,10 @@ class Intake:
     def profile(
         self, name: str, parsed: ParsedRequest, now_s: float, slo_class: str | None = None
     ) -> RequestProfile:
+        """Return what a scheduler may know of a request."""
         slo = self._gateway.policy.scheduler.slo_classes.get(slo_class or "", NO_SLO)
         why = parsed.opaque
-        for dialect in self._gateway.engine_dialects:
+        for dialect in self._gateway.fleet.dialects_here():
             why = why or dialect.unsplittable(parsed.body)
         return RequestProfile(
             request_id=name,

@@ -135,11 +135,41 @@ class KvEvents:
     def __init__(
         self, endpoints: Mapping[str, str], index: PrefixIndex, hasher: PrefixHasher
     ) -> None:
-        bound = min(MAX_BLOCKS, MAX_BLOCKS_OF_ALL // max(1, len(endpoints)))
+        self._index = index
+        self._hasher = hasher
         self._endpoints = dict(endpoints)
+        bound = self._bound(len(endpoints))
         self.workers = {
             name: Listening(BlockTree(name, index, hasher, bound)) for name in endpoints
         }
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._context: zmq.asyncio.Context | None = None
+
+    def _bound(self, workers: int) -> int:
+        """Return how many blocks one of so many may have."""
+        return min(MAX_BLOCKS, MAX_BLOCKS_OF_ALL // max(1, workers))
+
+    def join(self, name: str, endpoint: str) -> None:
+        """Listen to a worker that joined; one that is listened to already stays as it is."""
+        if name in self.workers:
+            return
+        bound = self._bound(len(self.workers) + 1)
+        tree = BlockTree(name, self._index, self._hasher, bound)
+        self.workers[name] = Listening(tree)
+        self._endpoints[name] = endpoint
+        self._begin(name)
+
+    def leave(self, name: str) -> None:
+        """Listen no more to a worker that leaves, and forget what it holds."""
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            task.cancel()
+        heard = self.workers.pop(name, None)
+        if heard is not None:
+            del self._endpoints[name]
+            heard.next = None  # nothing is left to lose when the task ends
+            heard.tree.clear()
 
     def knows(self, worker: str) -> bool:
         """Return whether what this worker holds is heard from itself now."""
@@ -157,17 +187,26 @@ class KvEvents:
         return None if heard is None else heard.as_dict()
 
     async def run(self) -> None:
-        """Listen to all workers until cancelled."""
-        if not self._endpoints:
-            return
-        context = zmq.asyncio.Context()
-        context.setsockopt(zmq.IPV6, 1)
+        """Listen to all workers, and to those that join, until cancelled."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for name, endpoint in self._endpoints.items():
-                    tasks.create_task(self._listen(context, endpoint, self.workers[name]))
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                for name in self._endpoints:
+                    self._begin(name)
+                await asyncio.get_running_loop().create_future()
         finally:
-            context.destroy(linger=0)
+            self._group = None
+            if self._context is not None:
+                self._context.destroy(linger=0)
+
+    def _begin(self, name: str) -> None:
+        if self._group is None:
+            return
+        if self._context is None:
+            self._context = zmq.asyncio.Context()
+            self._context.setsockopt(zmq.IPV6, 1)
+        work = self._listen(self._context, self._endpoints[name], self.workers[name])
+        self._tasks[name] = self._group.create_task(work)
 
     async def _listen(self, context: zmq.asyncio.Context, endpoint: str, heard: Listening) -> None:
         while True:

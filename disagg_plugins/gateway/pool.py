@@ -59,8 +59,18 @@ class WorkerPool:
             "connecting": self._connecting,
         }
 
+    @property
+    def closed(self) -> bool:
+        """Whether it carries no more calls."""
+        return self._closed
+
     def submit(self, call: Call) -> None:
         """Send a call on a free connection, or on a new one."""
+        if self._closed:
+            # Not at once: whoever submits is in the middle of something.
+            text = f"worker {self.worker.name} has left the fleet"
+            asyncio.get_running_loop().call_soon(self._report, call, "gone", text)
+            return
         while self._idle:
             connection = self._idle.pop()
             if not connection.closed and not connection.transport.is_closing():
@@ -102,6 +112,12 @@ class WorkerPool:
         for connection in [*self._idle, *self._busy]:
             connection.drop()
 
+    def end(self, kind: str, detail: str) -> None:
+        """Close, and tell every call that is still on its way why it failed."""
+        self._closed = True
+        for connection in [*self._idle, *self._busy]:
+            connection.fail(kind, detail)
+
     async def _connect(self, call: Call) -> None:
         kind, detail = "", ""
         connection: UpstreamConnection | None = None
@@ -126,6 +142,9 @@ class WorkerPool:
         self._busy.add(connection)
         if call.ended:
             self.release(connection)
+        elif self._closed:
+            connection.drop()
+            self._report(call, "gone", f"worker {self.worker.name} has left the fleet")
         else:
             connection.start(call)
 

@@ -22,7 +22,7 @@ from disagg_plugins.types import Disaggregated, RequestProfile, Route, Worker
 if TYPE_CHECKING:
     from disagg_plugins.gateway.body import Body
     from disagg_plugins.gateway.token_counter import Counting, Ids, TokenCounter
-    from disagg_plugins.policy import Policy
+    from disagg_plugins.policy import Policy, WorkerPolicy
 
 MAX_SALT_CHARS = 256
 """Of a cache's salt; a longer one takes no part in this."""
@@ -116,6 +116,16 @@ class Prompts:
     def forget(self, worker: str) -> None:
         """A worker has gone, and its cache with it."""
         self._believed.forget(worker)
+
+    def joined(self, worker: WorkerPolicy) -> None:
+        """A worker joined; listen to what it publishes, if it does."""
+        if worker.kv_events is not None:
+            self.events.join(worker.name, worker.kv_events)
+
+    def left(self, worker: str) -> None:
+        """A worker left the fleet: nothing is known of its name."""
+        self.forget(worker)
+        self.events.leave(worker)
 
     def sweep(self, now_s: float) -> None:
         """Give up what is believed no longer."""

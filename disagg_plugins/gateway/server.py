@@ -13,14 +13,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
-from disagg_plugins.gateway import endpoints
+from disagg_plugins.gateway import admin, endpoints
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
+from disagg_plugins.gateway.entrance import Entrance, Ways
 from disagg_plugins.gateway.explanations import Explanations
 from disagg_plugins.gateway.fleet import FleetState
-from disagg_plugins.gateway.health import Prober
+from disagg_plugins.gateway.fleet_keeper import FleetKeeper
 from disagg_plugins.gateway.intake import Intake
 from disagg_plugins.gateway.openai import CHAT, COMPLETIONS
-from disagg_plugins.gateway.pool import WorkerPool
 from disagg_plugins.gateway.prompts import Prompts
 from disagg_plugins.gateway.refusals import error_body
 from disagg_plugins.telemetry.ledger import HandoffLedger
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from disagg_plugins.gateway.exchange import Exchange
     from disagg_plugins.gateway.explanations import Explanation
     from disagg_plugins.gateway.parts import Parts
+    from disagg_plugins.gateway.pool import WorkerPool
     from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.policy import Policy
     from disagg_plugins.scheduling.trace import Trace
@@ -72,9 +73,9 @@ class Gateway:
         self.plugin_failures = parts.plugin_failures
         self.report_key = report_key(parts.secret)
         self.metrics = Metrics()
-        workers = tuple(w.worker() for w in policy.fleet.workers)
+        self.signatures = admin.Signatures(parts.secret)
         self.fleet = FleetState(
-            workers,
+            (),
             parts.dialects,
             model=policy.model,
             unhealthy_after=policy.gateway.unhealthy_after,
@@ -82,14 +83,21 @@ class Gateway:
         self._tasks = tasks
         self._helpers: set[asyncio.Task[None]] = set()
         self._lasting: list[asyncio.Task[None]] = []
-        connect_s = policy.gateway.connect_s
-        self.pools = {w.name: WorkerPool(w, self._spawn, connect_s=connect_s) for w in workers}
-        self.prober = Prober(
+        self.pools: dict[str, WorkerPool] = {}
+        self.prompts = Prompts(policy, parts.counter)
+        self._keeper = FleetKeeper(
+            policy,
             self.fleet,
             self.pools,
-            probe_s=policy.gateway.probe_s,
-            timeout_s=max(connect_s, policy.gateway.probe_s),
+            self._spawn,
+            ask=parts.rebalance,
+            watch=parts.watch,
+            joined=self.prompts.joined,
+            gone=self._worker_gone,
         )
+        self.members = self._keeper.members
+        self.prober = self._keeper.prober
+        self.rebalancer = self._keeper.rebalancer
         self.ledger = HandoffLedger(
             self.metrics, wait_s=policy.telemetry.report_wait_s, settle=self._settle
         )
@@ -98,16 +106,23 @@ class Gateway:
         self.explanations = Explanations()
         self.read_tokens: Counter[str] = Counter()  # prompt tokens read so far, by worker
         self.counting: set[WaitsForCount] = set()
-        self.prompts = Prompts(policy, parts.counter)
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
         self._changed = asyncio.Event()
         self._scheduler = parts.scheduler
         self.intake = Intake(self)
+        ways = Ways(
+            self.decide,
+            self.intake.begin,
+            self.intake.refuse_waiting,
+            parts.scheduler.queue_score,
+            self.fleet.view,
+            self.changed,
+        )
+        self.entrance = Entrance(policy.scheduler, self.metrics, ways)
+        self.fleet.on_freed = self.entrance.freed
         self._records = parts.records
         self._told_problems: set[str] = set()
-        engines = {w.engine for w in workers}
-        self.engine_dialects = [d for name, d in parts.dialects.items() if name in engines]
         self._gauges()
 
     def _gauges(self) -> None:
@@ -118,8 +133,9 @@ class Gateway:
         gauge(
             "disagg_workers_healthy",
             "Workers that take requests.",
-            lambda: sum(s.healthy for s in self.fleet.states.values()),
+            lambda: sum(s.takes_work for s in self.fleet.states.values()),
         )
+        gauge("disagg_role_changes", "Roles changed.", lambda: self.rebalancer.changes)
 
     def start(self) -> None:
         """Begin to probe the workers and to watch deadlines."""
@@ -128,6 +144,13 @@ class Gateway:
             self._tasks.create_task(self.watch()),
             self._tasks.create_task(self._guarded(self.prompts.events.run())),
         ]
+        self._keeper.start()
+
+    def _worker_gone(self, name: str) -> None:
+        """A worker left the fleet: nothing is kept of it."""
+        self.metrics.forget("disagg_failures", 0, name)
+        self.prompts.left(name)
+        self.read_tokens.pop(name, None)
 
     def stop(self) -> None:
         """Cancel everything that runs by itself."""
@@ -156,7 +179,7 @@ class Gateway:
     def handle(self, request: Request, client: ClientConnection) -> None:
         """Answer one request; whatever goes wrong, the client hears of it."""
         path = request.path.partition(b"?")[0]
-        route = _ROUTES.get(path)
+        route = _ROUTES.get(path) or admin.route(path)
         if route is None:
             shown = path[:100].decode("ascii", "replace")
             self.refuse(client, 404, f"there is no {shown} here", code="not_found")
@@ -214,10 +237,11 @@ class Gateway:
         """Return the route of a request that two engines cannot share: ``why``."""
         alike = self.fleet.alike(view, why)
         with contextlib.suppress(NoCapacityError):
-            decision = self._scheduler.decide(profile, alike, trace)
+            decision = self._scheduler.decide(replace(profile, admitted=True), alike, trace)
             if isinstance(decision.route, Disaggregated):
                 return decision
-        return self._scheduler.decide(replace(profile, unsplittable=why), view, trace)
+        whole = replace(profile, unsplittable=why, admitted=True)
+        return self._scheduler.decide(whole, view, trace)
 
     def _tell(self, problem: str) -> None:
         if problem not in self._told_problems and len(self._told_problems) < RECENT:
@@ -235,7 +259,9 @@ class Gateway:
             tried: Only a worker can be returned that could go on with an answer which ``failed``
                 began, and that is none of these; None: the answer begins anew.
         """
-        again = replace(profile, unsplittable=f"a retry after worker {failed.name} failed")
+        again = replace(
+            profile, unsplittable=f"a retry after worker {failed.name} failed", admitted=True
+        )
         without = [failed.name]
         if tried is not None:
             others = (w for w in self.fleet.workers if not w.whole or w.engine != failed.engine)
@@ -252,9 +278,11 @@ class Gateway:
 
     def worker_failed(self, worker: str, side: str, kind: str, detail: str) -> None:
         """Count a failed call and let the worker's health know."""
-        self.metrics.count("disagg_failures", (worker, side, kind))
+        label = worker if worker in self.fleet.states else "gone"  # no label outlives its worker
+        self.metrics.count("disagg_failures", (label, side, kind))
         log.warning("worker %s, %s: %s: %s", worker, side, kind, detail)
         self.fleet.failed(worker, kind, detail)
+        self.entrance.freed(worker)
         if kind in GONE:
             self.prompts.forget(worker)
 
@@ -263,12 +291,14 @@ class Gateway:
     def finished(self, exchange: Exchange, times: Timeline, ref: HandoffRef | None) -> None:
         """A request is over: count it, and record it once the reports are there."""
         self.active.discard(exchange)
+        self.entrance.ended(exchange)
         self._changed.set()
         now_s = time.monotonic()
         record = exchange.record
         try:
             times.fill(record, self.metrics, now_s)
             exchange.surroundings.ended(record)
+            self.rebalancer.ended(now_s, record)
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))
@@ -301,6 +331,7 @@ class Gateway:
         """Return how often deadlines are looked at: a quarter of the shortest, within bounds."""
         policy = self.policy.gateway
         shortest_s = min(policy.prefill_s, policy.first_byte_s, policy.idle_s, policy.client_idle_s)
+        shortest_s = min(shortest_s, self.policy.scheduler.queue.max_wait_s)
         return min(0.25, max(0.02, min(shortest_s, self.policy.telemetry.report_wait_s) / 4))
 
     async def watch(self) -> None:
@@ -315,9 +346,11 @@ class Gateway:
             await asyncio.sleep(tick_s)
             now_s = time.monotonic()
             self._enforce(now_s)
+            _safely(functools.partial(self.members.sweep, now_s))
+            _safely(functools.partial(self.rebalancer.tick, now_s))
             if now_s >= sweep_at_s:
                 sweep_at_s = now_s + POOL_SWEEP_S
-                for pool in self.pools.values():
+                for pool in list(self.pools.values()):
                     _safely(pool.sweep)
                 _safely(functools.partial(self.prompts.sweep, now_s))
             if self._records is not None and now_s >= flush_at_s:
@@ -325,6 +358,7 @@ class Gateway:
                 _safely(self._records.flush_soon)  # it must not wait: the disk may stall
 
     def _enforce(self, now_s: float) -> None:
+        _safely(functools.partial(self.entrance.tick, now_s))
         late = [
             e for e in self.active if now_s > e.decode_deadline_s or now_s > e.prefill_deadline_s
         ]
@@ -355,11 +389,13 @@ class Gateway:
     async def drain(self) -> None:
         """Let open requests end, within ``drain_s``; then close everything."""
         self.draining = True
+        self._keeper.close()
         for task in self._lasting[:1]:
             task.cancel()  # no more probes
         await asyncio.sleep(0.01)  # connections may have been accepted that are not made yet
         for client in list(self.connections):
             client.close()
+        _safely(self.entrance.close)
         end_s = time.monotonic() + self.policy.gateway.drain_s
         await self._until(lambda: not self.active and not self.counting, end_s)
         for client in list(self.connections):

@@ -139,6 +139,10 @@ class UpstreamConnection(asyncio.Protocol):
         self._pool.gone(self)
         self.transport.abort()
 
+    def fail(self, kind: str, detail: str) -> None:
+        """Close; the call that it carries, if any, failed."""
+        self._fail(kind, detail)
+
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

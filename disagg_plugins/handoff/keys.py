@@ -25,6 +25,7 @@ class Purpose(StrEnum):
     TICKET = "ticket"
     HANDSHAKE = "handshake"
     REPORT = "report"
+    ADMIN = "admin"
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.types import FleetView, Refusal, RequestProfile, Role, Worker
+from disagg_plugins.types import IDLE, FleetView, Refusal, RequestProfile, Role, Worker, WorkerLoad
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,9 +45,9 @@ class Capacity:
         self, workers: Sequence[Worker], fleet: FleetView
     ) -> list[Worker] | None:
         """See ``hookspecs.disagg_filter_workers``."""
-        return [worker for worker in workers if _has_room(worker, fleet)]
+        load = fleet.loads.get
+        return [worker for worker in workers if _has_room(worker, load(worker.name, IDLE))]
 
 
-def _has_room(worker: Worker, fleet: FleetView) -> bool:
-    load = fleet.load(worker)
+def _has_room(worker: Worker, load: WorkerLoad) -> bool:
     return load.requests < (1 if load.trial else worker.capacity)

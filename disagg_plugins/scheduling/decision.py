@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.policy import DEFAULT_WEIGHTS, PICKERS, SPLIT_RULES
+from disagg_plugins.scheduling.prefill_slots import has_slot
 from disagg_plugins.scheduling.trace import CORE, Trace
 from disagg_plugins.types import (
     Decision,
@@ -53,6 +54,7 @@ class Scheduler:
         self._hooks = host.scheduler
         self._weights = {**DEFAULT_WEIGHTS, **rules.weights}
         self._candidates = rules.candidates
+        self._prefills = rules.queue.prefills_per_worker
         self._not_asked = frozenset({*SPLIT_RULES, *PICKERS} - {rules.split.rule, rules.pick})
         self._random = random.Random(seed).random
         self._lock = threading.Lock()
@@ -73,7 +75,9 @@ class Scheduler:
             NoCapacityError: The request is refused, or no decode worker can take it.
         """
         trace = Trace() if trace is None else trace
-        refusal = self._hooks.select_admission(profile, fleet, trace)
+        refusal = None
+        if not profile.admitted:
+            refusal = self._hooks.select_admission(profile, fleet, trace)
         if refusal is not None:
             raise NoCapacityError(
                 refusal.reason, retry_after_s=refusal.retry_after_s, status=refusal.status
@@ -92,18 +96,31 @@ class Scheduler:
                 profile, Role.PREFILL, fleet, partial(pairs.fit, decode=decode), trace, other=decode
             )
         if decode is None or prefill is None:
+            taken = self._taken(fleet, pairs, decode)
             problem = f"split is off: {pairs.problem}" if pairs.problem else problem
             if decode is None or not decode.whole:
                 decode, why = self._worker(profile, Role.DECODE, fleet, serves_whole, trace)
                 problem = problem if pairs.problem or fleet.serving(Role.DECODE) else why
             if decode is None:
-                raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S)
-            return Decision(Local(decode), problem, pairs.problem)
+                raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S, taken=taken)
+            return Decision(Local(decode), problem, pairs.problem, taken)
         if prefill.name == decode.name:
             return Decision(
                 Local(decode), f"worker {decode.name!r} is the best choice for both phases"
             )
         return Decision(Disaggregated(prefill, decode), split.reason)
+
+    def _taken(self, fleet: FleetView, pairs: Pairs, decode: Worker | None) -> bool:
+        """Return whether some prefill worker could hand over to ``decode``, but has no slot."""
+        if decode is None:
+            return False
+        most = self._prefills
+        return any(
+            worker.name != decode.name
+            and not has_slot(worker, fleet, most)
+            and pairs.fit(worker, decode)
+            for worker in fleet.serving(Role.PREFILL)
+        )
 
     def _forced(
         self, profile: RequestProfile, fleet: FleetView, split: SplitDecision, problem: str
@@ -161,7 +178,7 @@ class Scheduler:
         """
         serving = fleet.serving(role)
         workers: tuple[Worker, ...] = ()
-        if len(serving) > self._candidates:
+        if len(serving) > 2 * self._candidates:
             sample = self._sample(profile, role, fleet, trace)
             workers, _ = self._left(profile, role, sample, able, fleet, trace, other)
         if not workers:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from operator import is_
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from disagg_plugins.hook_calls import HookCalls, NonsenseError
 from disagg_plugins.scheduling.trace import CORE, Answers, Trace
@@ -130,14 +130,18 @@ class SchedulerHooks:
             without=_weightless(weights),
         )
         _note(trace, "score", role, answers)
-        weights_of = dict.fromkeys(totals, 0.0)
+        common = 0.0  # the weight of plugins with an opinion on every worker, as most have
+        partial = dict.fromkeys(totals, 0.0)
         for plugin, scores in answers:
             weight = weights.get(plugin, 1.0)
+            whole = len(scores) == len(totals)
+            common += weight if whole else 0.0
             for name, score in scores.items():
                 totals[name] += weight * score
-                weights_of[name] += weight
+                if not whole:
+                    partial[name] += weight
         combined = {
-            name: total / weights_of[name] if weights_of[name] else NEUTRAL_SCORE
+            name: total / weight if (weight := common + partial[name]) else NEUTRAL_SCORE
             for name, total in totals.items()
         }
         _note(trace, "combined", role, ((CORE, combined),))
@@ -247,9 +251,20 @@ def _worker_names(answer: object, allowed: Collection[str]) -> set[str]:
     return names
 
 
-def _scores(answer: object, allowed: Collection[str]) -> dict[str, float]:
+def _are_scores(values: Collection[object]) -> bool:
+    """Return whether all are floats from 0 to 1, found without a loop; False: look at each."""
+    if set(map(type, values)) != {float}:
+        return False
+    floats = cast("Collection[float]", values)
+    total = sum(floats)
+    return total == total and min(floats) >= 0.0 and max(floats) <= 1.0  # NaN is not itself
+
+
+def _scores(answer: object, allowed: Mapping[str, float]) -> dict[str, float]:
     if not isinstance(answer, Mapping):
         raise NonsenseError(f"answered {type(answer).__name__}, not a mapping of scores")
+    if type(answer) is dict and _are_scores(answer.values()) and answer.keys() <= allowed.keys():
+        return answer
     scores = {}
     for name, value in answer.items():
         if name not in allowed:

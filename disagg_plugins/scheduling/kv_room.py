@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.types import FleetView, RequestProfile, Role, Worker
+from disagg_plugins.types import IDLE, FleetView, RequestProfile, Role, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +30,9 @@ class KvRoom:
             return None  # a prompt's KV stays there for a moment only
         output = profile.max_output_tokens
         need = profile.prompt_tokens + max(0, EXPECTED_OUTPUT_TOKENS if output is None else output)
-        scores = {}
+        scores, loads = {}, fleet.loads
         for worker in workers:
-            load = fleet.load(worker)
+            load = loads.get(worker.name, IDLE)
             used = load.kv_usage
             if worker.kv_tokens:
                 sent = (load.kv_tokens + need) / worker.kv_tokens

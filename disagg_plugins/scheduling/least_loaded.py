@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.types import FleetView, Role, Worker, WorkerLoad
+from disagg_plugins.types import IDLE, FleetView, Role, Worker, WorkerLoad
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,8 @@ class LeastLoaded:
     ) -> dict[str, float]:
         """See ``hookspecs.disagg_score_workers``."""
         score = _prefill_score if role is Role.PREFILL else _decode_score
-        return {worker.name: score(worker, fleet.load(worker)) for worker in workers}
+        load = fleet.loads.get
+        return {worker.name: score(worker, load(worker.name, IDLE)) for worker in workers}
 
 
 def _decode_score(worker: Worker, load: WorkerLoad) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.types import FleetView, Role, Worker
+from disagg_plugins.types import IDLE, FleetView, Role, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,9 +26,9 @@ class OutstandingTokens:
         self, role: Role, workers: Sequence[Worker], fleet: FleetView
     ) -> dict[str, float]:
         """See ``hookspecs.disagg_score_workers``."""
-        scores = {}
+        scores, loads = {}, fleet.loads
         for worker in workers:
-            load = fleet.load(worker)
+            load = loads.get(worker.name, IDLE)
             tokens = load.prompt_tokens
             if role is not Role.PREFILL:
                 tokens += load.output_tokens

@@ -246,6 +246,7 @@ class Predictor:
         self._turn = 0
         self._kinds: dict[str, Kind] = {}
         self._of_kind: OrderedDict[Kind, Model] = OrderedDict()
+        self._fits: dict[tuple[str, Phase], Regression | None] = {}  # answers of ``regression``
         self._of_worker: OrderedDict[str, Model] = OrderedDict()
 
     def know(self, worker: Worker) -> None:
@@ -253,15 +254,18 @@ class Predictor:
         if worker.name not in self._kinds and len(self._kinds) >= 2 * MAX_WORKERS:
             self._kinds.pop(next(iter(self._kinds)))
         self._kinds[worker.name] = kind_of(worker)
+        self._fits.clear()
 
     def seed_kind(self, kind: Kind, phase: Phase, coefficients: Sequence[float]) -> None:
         """Start a kind of worker from coefficients, unless it has observations of its own."""
+        self._fits.clear()
         regression = self._kind_model(kind)[phase]
         if not regression.known:
             regression.seed(coefficients)
 
     def seed_worker(self, name: str, phase: Phase, coefficients: Sequence[float]) -> None:
         """Start one worker from coefficients, unless it has observations of its own."""
+        self._fits.clear()
         regression = self._worker_model(name)[phase]
         if not regression.observations:
             regression.seed(coefficients)
@@ -286,11 +290,18 @@ class Predictor:
 
     def learn(self, seen: Observation) -> None:
         """Take one observation, for its worker and for the worker's kind."""
+        self._fits.clear()
         self._worker_model(seen.worker).observe(seen)
         self._kind_model(self._kinds.get(seen.worker, ("", ""))).observe(seen)
 
     def regression(self, worker: Worker, phase: Phase) -> Regression | None:
         """Return the fit that a prediction would come from, or None where nothing is known."""
+        key = worker.name, phase
+        if key not in self._fits:
+            self._fits[key] = self._fit(worker, phase)
+        return self._fits[key]
+
+    def _fit(self, worker: Worker, phase: Phase) -> Regression | None:
         own = self._of_worker.get(worker.name)
         common = self._of_kind.get(kind_of(worker))
         if own is not None:

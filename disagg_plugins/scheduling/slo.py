@@ -20,11 +20,16 @@ from disagg_plugins.scheduling.prediction import (
     UsesPredictor,
     expected_output,
 )
+from disagg_plugins.scheduling.prefill_slots import behind_queue
 from disagg_plugins.scheduling.threshold import Threshold
 from disagg_plugins.types import FleetView, RequestProfile, Role, SplitDecision, Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+
+PREDICTED = 3
+"""Workers of each role for which times are predicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +100,9 @@ class Slo(UsesPredictor):
         """See ``hookspecs.disagg_select_split``."""
         if profile.unsplittable is not None:
             return SplitDecision(False, f"cannot be split: {profile.unsplittable}")
-        serving = fleet.serving(Role.PREFILL)
-        prefills = [w for w in self._prefills.of(serving) if w.handoffs and _has_room(w, fleet)]
+        serving, load = fleet.serving(Role.PREFILL), fleet.load
+        able = [w for w in self._prefills.of(serving) if w.handoffs and _has_room(w, fleet)]
+        prefills = _first(able, lambda w: load(w).prompt_tokens)
         if not prefills:
             word = "with room" if serving else "that is healthy"
             return SplitDecision(False, f"no prefill worker {word}")
@@ -113,11 +119,10 @@ class Slo(UsesPredictor):
 
     def _measured(self, profile: RequestProfile, fleet: FleetView) -> list[_Decode]:
         own = profile.prompt_tokens + expected_output(profile.max_output_tokens) / 2
-        found = []
-        for worker in self._decodes.of(fleet.serving(Role.DECODE)):
-            if not _has_room(worker, fleet):
-                continue
-            step_s = self.predictor.step_s(worker, fleet.load(worker), own)
+        found, load = [], fleet.load
+        able = [w for w in self._decodes.of(fleet.serving(Role.DECODE)) if _has_room(w, fleet)]
+        for worker in _first(able, lambda w: load(w).requests):
+            step_s = self.predictor.step_s(worker, load(worker), own)
             if step_s is not None:
                 found.append(_Decode(worker, step_s))
         return found
@@ -158,7 +163,8 @@ class Slo(UsesPredictor):
                 if worker.name == decode.worker.name or fleet.pair_problem(worker, decode.worker):
                     continue
                 fresh = _unread(profile, worker)
-                read_s = self.predictor.prefill_s(worker, fleet.load(worker), fresh)
+                load = behind_queue(fleet.load(worker), profile.queued_tokens, fleet)
+                read_s = self.predictor.prefill_s(worker, load, fresh)
                 if read_s is None:
                     continue
                 disturbed = worker.role is not Role.PREFILL
@@ -191,6 +197,11 @@ def _choice(
 def _best(profile: RequestProfile, choices: Sequence[Choice]) -> Choice | None:
     ttft_slo_s, tpot_slo_s = profile.ttft_slo_s, profile.tpot_slo_s
     return min(choices, key=lambda c: (c.excess(ttft_slo_s, tpot_slo_s), c.cost_s), default=None)
+
+
+def _first(workers: list[Worker], load: Callable[[Worker], int]) -> list[Worker]:
+    """Return the least loaded of ``workers``: a prediction costs ten times such a look."""
+    return workers if len(workers) <= PREDICTED else sorted(workers, key=load)[:PREDICTED]
 
 
 def _has_room(worker: Worker, fleet: FleetView) -> bool:

@@ -50,6 +50,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "disagg_itl_seconds": ("Gaps between streamed chunks.", ("route",)),
     "disagg_tpot_seconds": ("Time per output token after the first.", ("route",)),
     "disagg_e2e_seconds": ("Arrival to the end of the answer.", ("route",)),
+    "disagg_queue_seconds": ("Waits for a prefill worker, by how they ended.", ("end",)),
 }
 
 
@@ -71,6 +72,12 @@ class Metrics(Collector):
     def put(self, name: str, labels: tuple[str, ...], value: float) -> None:
         """Set a counter that is kept elsewhere to what it is there."""
         self._counts[name][labels] = value
+
+    def forget(self, name: str, position: int, label: str) -> None:
+        """Drop the series of a counter that have ``label`` at ``position``."""
+        counts = self._counts[name]
+        for labels in [labels for labels in counts if labels[position] == label]:
+            del counts[labels]
 
     def value(self, name: str, labels: tuple[str, ...] | None = None) -> float:
         """Return a counter; without labels the sum over all of them."""

@@ -143,6 +143,7 @@ class RequestRecord:
     not_resumed: str | None = None
     failures: list[FailureRecord] = field(default_factory=list)
     client_gone: bool = False
+    queue_s: float = 0.0
     sent_s: float | None = None
     prefill_queued_tokens: int = 0
     prefill_requests: int = 0

@@ -73,12 +73,12 @@ def verify(key: bytes, header: str, body: bytes, now_s: float) -> None:
     stamp, _, proof = header.partition(",v1=")
     stamp = stamp.removeprefix("t=")
     if not (stamp.isascii() and stamp.isdigit() and len(stamp) <= 12 and len(proof) == 64):
-        raise AuthenticationError("the report's signature is missing or malformed")
+        raise AuthenticationError("the signature is missing or malformed")
     if not hmac.compare_digest(_mac(key, stamp, body).encode(), proof.encode()):
-        raise AuthenticationError("the report's signature is false: another secret is in use there")
+        raise AuthenticationError("the signature is false: another secret is in use there")
     if abs(now_s - int(stamp)) > MAX_AGE_S:
         raise AuthenticationError(
-            f"the report was signed {now_s - int(stamp):.0f} s ago, at most {MAX_AGE_S:.0f} s are "
+            f"this was signed {now_s - int(stamp):.0f} s ago, at most {MAX_AGE_S:.0f} s are "
             "allowed: compare the hosts' clocks"
         )
 

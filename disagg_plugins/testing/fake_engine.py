@@ -18,8 +18,7 @@ import socket
 import threading
 import time
 import zlib
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 import httptools
@@ -29,6 +28,7 @@ from disagg_plugins.errors import LocalProtocolError
 from disagg_plugins.handoff.tickets import verify
 from disagg_plugins.testing.course import Course
 from disagg_plugins.testing.leases import Leases
+from disagg_plugins.testing.seen import Seen
 from disagg_plugins.testing.tokens import Tokens, prompt_ids, read_ids
 
 if TYPE_CHECKING:
@@ -90,22 +90,6 @@ class Behaviour:
     then: Behaviour | None = None
 
 
-@dataclass(slots=True)
-class Seen:
-    """What the engine saw."""
-
-    requests: int = 0
-    prefills: int = 0
-    decodes: int = 0
-    locals: int = 0
-    completed: int = 0
-    aborted: int = 0
-    claimed: int = 0
-    not_claimed: int = 0
-    bodies: deque[Json] = field(default_factory=lambda: deque(maxlen=64))
-    headers: deque[dict[str, str]] = field(default_factory=lambda: deque(maxlen=64))
-
-
 class FakeEngine:
     """One pretend worker.
 
@@ -118,6 +102,10 @@ class FakeEngine:
         lease_s: With it, a prefill keeps its KV so long, and a decode takes it from there.
         pacer: With it, tokens take time, whatever ``behaviour`` says of waiting.
         stream_interval: With a pacer, tokens of one piece of a stream after its first.
+
+    Attributes:
+        switch_status: How it answers when it is told its role; None: not at all.
+        switches: The roles that it took.
     """
 
     def __init__(
@@ -142,6 +130,8 @@ class FakeEngine:
         self.stream_interval = stream_interval
         self.seen = Seen()
         self.healthy = True
+        self.switch_status: int | None = 200
+        self.switches: list[str] = []
         self.connections: set[_Connection] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -316,6 +306,8 @@ class _Connection(asyncio.Protocol):
         elif self._url == b"/v1/models":
             card = {"id": engine.model, "object": "model", "owned_by": "fake"}
             self._json(200, {"object": "list", "data": [card]})
+        elif self._url == b"/pd_role_switch":
+            self._switch(msgspec.json.decode(self._body))
         elif self._url == b"/seen":
             seen = engine.seen
             self._json(
@@ -342,6 +334,16 @@ class _Connection(asyncio.Protocol):
             self._json(404, {"error": {"message": "a fake engine has no such path"}})
         else:
             self._completion(msgspec.json.decode(self._body))
+
+    def _switch(self, body: Json) -> None:
+        """Take a role as SGLang does; ``switch_status`` None: say nothing."""
+        engine = self._engine
+        if engine.switch_status is None:
+            return
+        if engine.switch_status == 200:
+            engine.switches.append(str(body.get("new_role")))
+        said = {"success": engine.switch_status == 200, "message": "as it was told to answer"}
+        self._json(engine.switch_status, said)
 
     def _json(self, status: int, value: object, *, framed: bool = True) -> None:
         body = msgspec.json.encode(value)
@@ -592,6 +594,6 @@ class _Answer:
 
 
 if __name__ == "__main__":
-    from disagg_plugins.testing.fake_process import main
+    from disagg_plugins.testing.fake_process import run
 
-    main()
+    run()

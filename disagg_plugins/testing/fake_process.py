@@ -18,9 +18,9 @@ async def serve_all(engines: Sequence[FakeEngine]) -> None:
             tasks.create_task(engine.serve())
 
 
-def main() -> None:
-    """Run one fake engine, or many, as a process until it is ended."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def run() -> None:
+    """Read the command line, then serve."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=None)
     parser.add_argument("--workers", type=int, default=1, help="on ports from --port-base on")
     parser.add_argument("--port-base", type=int, default=None)

@@ -16,12 +16,13 @@ import random
 import statistics
 import time
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disagg_plugins.gateway.app import GC_YOUNG_OBJECTS
 from disagg_plugins.gateway.fleet import FleetState, Work
 from disagg_plugins.plugins import PluginHost
-from disagg_plugins.policy import DEFAULT_WEIGHTS, Policy
+from disagg_plugins.policy import DEFAULT_WEIGHTS, Policy, SchedulerPolicy
 from disagg_plugins.scheduling.decision import Scheduler
 from disagg_plugins.types import Disaggregated, RequestProfile, Role, Worker
 from disagg_vllm.dialect import VllmDialect
@@ -30,8 +31,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SIZES = (4, 64, 1024, 10_000)
+CANDIDATES = SchedulerPolicy.model_fields["candidates"].default
+
 IN_FLIGHT = 8
 """Requests a worker, on average."""
+
+PROFILE = Path(__file__).with_name("profile.yaml")
+"""DistServe's fit of OPT-13B on one A100: the SLO rule predicts from the first request on."""
 
 ALL_AT_MOST = 1024
 """Larger fleets are not compared with looking at all: a decision takes some 10 ms there."""
@@ -63,6 +69,8 @@ def policy(candidates: int, rule: str) -> Policy:
             "fleet": {"workers": [{"name": "d", "url": "http://127.0.0.1:1", "role": "both"}]},
             "scheduler": {
                 "split": {"rule": rule},
+                "profile": str(PROFILE),
+                "slo_classes": {"chat": {"ttft_s": 1.0, "tpot_s": 0.05}},
                 "weights": dict.fromkeys(DEFAULT_WEIGHTS, 1.0),
                 "candidates": candidates,
             },
@@ -81,7 +89,9 @@ def profiles(seed: int) -> Iterator[RequestProfile]:
         hashes = [f"{shared}-{i}" for i in range(4)] + [f"{number}-{i}" for i in range(4)]
         yield RequestProfile(
             str(number), "/v1/completions", "m", tokens, True, 256,
-            prefix_hashes=hashes, session=str(draw.randrange(256)),
+            prefix_hashes=hashes, session=str(draw.randrange(256)), slo_class="chat",
+            ttft_slo_s=1.0, tpot_slo_s=0.05,
+            cached_tokens={f"w{shared % 4}": 256, f"w{shared % 4 + 1}": 128},
         )  # fmt: skip
 
 
@@ -132,7 +142,7 @@ def main() -> None:
     given = parser.parse_args()
     per_s: dict[str, float] = {}
     for size in given.sizes:
-        sampled, peak = rate(size, 8, given.rule, given.seconds, given.seed)
+        sampled, peak = rate(size, CANDIDATES, given.rule, given.seconds, given.seed)
         per_s[str(size)] = round(sampled)
         line = f"{size:6} workers  {sampled:8.0f} decisions/s  {1e6 / sampled:7.1f} us"
         line += f"  fullest/mean {peak:.2f}"

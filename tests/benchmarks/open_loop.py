@@ -88,6 +88,9 @@ class Load:
         bound_s: No answer is waited for longer, in virtual seconds.
         model: The name that is asked for.
         exact: Each token is told for itself: fewer than asked for are a failure.
+
+    Attributes:
+        late_s: By how much each request left late, in virtual seconds: a probe of the machine.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class Load:
         self.model = model
         self.speed = speed
         self.bound_s = bound_s
-        self.late_s = 0.0
+        self.late_s: list[float] = []
         self.failures: list[str] = []
         self._kept: list[Stream] = []
 
@@ -124,7 +127,7 @@ class Load:
         request = encode(ask, self.model)
         await asyncio.sleep(max(0.0, due_s - time.monotonic()))
         sent_s = time.monotonic()  # a late generator makes a later arrival, not a slower answer
-        self.late_s = max(self.late_s, (sent_s - due_s) * self.speed)
+        self.late_s.append((sent_s - due_s) * self.speed)
         stream: Stream | None = None
         try:
             async with asyncio.timeout(self.bound_s / self.speed):

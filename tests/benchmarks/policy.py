@@ -1,17 +1,18 @@
 """What a split rule is worth: the share of requests within their SLO, rule by rule, load by load.
 
 ``make bench NAME=policy``. Four pretend workers serve every arm: some for prefill and the others
-for decode, or four that do both (``never``, ``vllm-router-whole``). They take a measured engine's
-time (``pace.py``, by default OPT-13B on an A100 as DistServe fitted it), so that the result is
-about decisions. Arrivals are Poisson with a fixed seed, or a stretch of a public trace whose
-times are scaled to the load; the loop is open. Workers run in one process, each proxy and the load
-generator in their own; the CPU of each is told, and time runs ``--speed`` times as fast as long as
-none of them needs a core. After the levels of a workload every arm runs once more at the load at
-which the best one drops to 90 %: those shares are what the last line holds, one JSON object.
+for decode, or four that do both (``never``, ``slo-both``, ``vllm-router-whole``). They take a
+measured engine's time (``pace.py``, by default OPT-13B on an A100 as DistServe fitted it), so that
+the result is about decisions. Arrivals are Poisson with a fixed seed, or a stretch of a public
+trace whose times are scaled to the load; the loop is open. Workers run in one process, each proxy
+and the load generator in their own; the CPU of each is told, and time runs ``--speed`` times as
+fast as the clock as long as none of them needs a core. After the levels of a workload every arm
+runs once more at the load at which the best one drops to 90 %: those shares are what the last line
+holds, one JSON object.
 
 ``--real`` does the same with real vLLM workers, smaller: one prefill and one decode against two.
 
-    .venvs/bench/bin/python tests/benchmarks/policy.py [--workloads chat code] [--speed 2]
+    .venvs/bench/bin/python tests/benchmarks/policy.py [--workloads chat code] [--speed 3]
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.goodput import WANTED, Level, level, rate_at
+from tests.benchmarks.goodput import WANTED, Level, level, percentile, rate_at
 from tests.benchmarks.open_loop import Load
 from tests.benchmarks.policy_arms import (
+    ALONE,
     ROOT,
     ROUTERS,
     RULES,
-    WHOLE,
     WORKERS,
     Running,
     arms,
@@ -47,13 +48,28 @@ from tests.benchmarks.policy_arms import (
     start_arm,
     start_workers,
 )
-from tests.benchmarks.workloads import Workload, workloads
+from tests.benchmarks.workloads import Slo, Workload, workloads
 
 ANCHORS = Path(os.environ.get("DISAGG_ANCHORS") or ROOT.parent / "shared" / "anchors")
 WARM_UP_S = 10.0
 """Requests that arrive earlier fill the batches and the prefix caches; they do not count."""
 
 BOUND_S = 120.0
+BEYOND = 1.3
+REFINEMENTS = 2
+"""Levels beyond the workload's own, each where the best arm seems to drop to 90 %."""
+
+LATE_SHARE = 0.1
+"""Of the TTFT bound: where one request in 50 leaves later than this, the machine did something else
+meanwhile, and the level is measured again."""
+
+EQUAL = 0.03
+"""Rates nearer to each other than this are called equal: about what another seed changes."""
+
+ATTEMPTS = 3
+AGAIN_S = 420.0
+"""No level is measured again after this."""
+
 BUSY = 0.9
 """A process that needs more of a core than this decides the result itself: it is told."""
 
@@ -96,19 +112,26 @@ class Bench:
 
     def run(self, workload: Workload) -> tuple[dict[str, list[Level]], float]:
         """Return the levels of each arm, the last one at the load where the best drops to 90 %."""
-        slo_s = workload.slo.ttft_s / self.setting.speed, workload.slo.tpot_s / self.setting.speed
+        speed = self.setting.speed
+        slo = Slo(workload.slo.ttft_s / speed, workload.slo.tpot_s / speed)  # of the clock
         found: dict[str, list[Level]] = {name: [] for name in self.names}
+        best = 0.0
         with ExitStack() as stack:
             running, port = [], self.first_port
             for arm in arms(self.names, workload.prefills):
-                running.append(start_arm(stack, self.folder, arm, port, slo_s))
+                running.append(start_arm(stack, self.folder, arm, port, slo))
                 port += len(arm.roles)
+            for each in running:
+                each.wait()
             for rate in workload.rates:
                 self._level(workload, rate, running, found)
                 if all(levels[-1].share < WANTED / 2 for levels in found.values()):
                     break  # nothing is left to see at higher loads
-            best = max(rate_at(levels) for levels in found.values())
-            self._level(workload, best, running, found)
+            for _ in range(REFINEMENTS):
+                best = max(rate_at(levels) for levels in found.values())
+                if best >= max(each.rate for levels in found.values() for each in levels):
+                    best *= BEYOND  # nobody has given way yet
+                self._level(workload, best, running, found)
         return found, best
 
     def _level(
@@ -117,12 +140,30 @@ class Bench:
         size = self.setting.parallel
         for at in range(0, len(running), size):
             group = running[at : at + size]
-            for arm, done in zip(group, uvloop.run(self._arms(workload, rate, group)), strict=True):
-                found[arm.arm.name].append(done)
+            done, late_s = self._attempts(workload, rate, group)
+            self.late_s = max(self.late_s, late_s / workload.slo.ttft_s)
+            for arm, each in zip(group, done, strict=True):
+                found[arm.arm.name].append(each)
         shares = "  ".join(f"{name} {levels[-1].share:.2f}" for name, levels in found.items())
         say(f"{workload.name} {rate:.2f}/s: {shares}")
 
-    async def _arms(self, workload: Workload, rate: float, group: list[Running]) -> list[Level]:
+    def _attempts(
+        self, workload: Workload, rate: float, group: list[Running]
+    ) -> tuple[list[Level], float]:
+        """Return the levels of the attempt that the machine disturbed least, and how late."""
+        tried: list[tuple[list[Level], float]] = []
+        while len(tried) < ATTEMPTS:
+            tried.append(uvloop.run(self._arms(workload, rate, group)))
+            if tried[-1][1] <= LATE_SHARE * workload.slo.ttft_s:
+                break
+            say(f"the machine was busy: requests left {tried[-1][1]:.2f} virtual s late")
+            if time.monotonic() - BEGAN_S > AGAIN_S:
+                break
+        return min(tried, key=lambda each: each[1])
+
+    async def _arms(
+        self, workload: Workload, rate: float, group: list[Running]
+    ) -> tuple[list[Level], float]:
         setting = self.setting
         asks = workload.asks(setting.seed, rate, setting.seconds)
         loads = [Load(r.port, setting.speed, BOUND_S) for r in group]
@@ -137,10 +178,10 @@ class Bench:
             self.busiest[name] = max(self.busiest.get(name, 0.0), share)
         counted = [i for i, ask in enumerate(asks) if ask.at_s >= WARM_UP_S]
         for load, r in zip(loads, group, strict=True):
-            self.late_s = max(self.late_s, load.late_s)
             if load.failures:
                 self.failures[f"{workload.name} {rate:.2f} {r.arm.name}"] = load.failures
-        return [level(rate, [o[i] for i in counted], workload.slo) for o in outcomes]
+        late_s = max(percentile(load.late_s, 0.98) for load in loads)
+        return [level(rate, [o[i] for i in counted], workload.slo) for o in outcomes], late_s
 
 
 def table(workload: Workload, found: dict[str, list[Level]], best: float, num_workers: int) -> None:
@@ -152,7 +193,7 @@ def table(workload: Workload, found: dict[str, list[Level]], best: float, num_wo
     )
     for name, levels in found.items():
         grid, last = sorted(levels[:-1], key=lambda each: each.rate), levels[-1]
-        shares = "  ".join(f"{each.rate:g}/s {100 * each.share:3.0f} %" for each in grid)
+        shares = "  ".join(f"{each.rate:.3g}/s {100 * each.share:3.0f} %" for each in grid)
         print(
             f"  {name:<18} {rate_at(levels) / num_workers:6.3f} req/s a worker at 90 %;  {shares};"
             f"  at {best:.2f}/s {100 * last.share:.0f} %, TTFT p50 {last.ttft_p50_s:.2f} p90 "
@@ -161,18 +202,16 @@ def table(workload: Workload, found: dict[str, list[Level]], best: float, num_wo
         )
 
 
-def verdict(rates: dict[str, float], whole: set[str]) -> str:
+def verdict(rates: dict[str, float]) -> str:
     """Say whether splitting wins on a workload, and by how much."""
-    split = {name: rate for name, rate in rates.items() if name not in whole}
-    alone = {name: rate for name, rate in rates.items() if name in whole}
+    split = {name: rate for name, rate in rates.items() if name not in ALONE}
+    alone = {name: rate for name, rate in rates.items() if name in ALONE}
     if not split or not alone:
         return "nothing to compare"
     best, plain = max(split, key=lambda n: split[n]), max(alone, key=lambda n: alone[n])
-    if alone[plain] > split[best]:
-        share = split[best] / alone[plain]
-        return f"splitting loses: {best} carries {share:.2f} of what {plain} does"
     ratio = split[best] / max(alone[plain], 1e-9)
-    return f"splitting wins: {best} carries {ratio:.2f} times what {plain} does"
+    word = "wins" if ratio > 1 + EQUAL else "loses" if ratio < 1 - EQUAL else "changes nothing"
+    return f"splitting {word}: {best} carries {ratio:.2f} times what {plain} does"
 
 
 def measure(given: argparse.Namespace) -> dict[str, object]:
@@ -186,7 +225,6 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
     picked = [a.name for a in arms(given.arms, prefills=1)]
     for name in sorted(set(given.arms) - set(picked)):
         say(f"left out: {name}, which this version or environment does not have")
-    whole = {a.name for a in arms(picked, prefills=1) if a.roles == WHOLE}
     goodput: dict[str, dict[str, float]] = {}
     result: dict[str, object] = {"goodput": goodput}
     at_best: dict[str, float] = {}
@@ -202,7 +240,7 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
             at_best[workload.name] = round(best, 3)
             goodput[workload.name] = {n: round(each[-1].share, 3) for n, each in found.items()}
             per_worker[workload.name] = {n: round(r / WORKERS, 3) for n, r in rates.items()}
-            verdicts[workload.name] = verdict(rates, whole)
+            verdicts[workload.name] = verdict(rates)
             print(f"  {verdicts[workload.name]}")
             levels[workload.name] = {
                 n: [{k: round(v, 4) for k, v in asdict(e).items()} for e in each]
@@ -212,6 +250,8 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
         for name, share in busiest.items():
             if share > BUSY:
                 print(f"{name} needed {share:.2f} of a core: run again with a lower --speed")
+        if bench.late_s > LATE_SHARE:
+            print(f"the machine was busy: a level is off by up to {bench.late_s:.2f} TTFT bounds")
         for where, failures in bench.failures.items():
             say(f"failed, {where}: {failures}")
         result |= {
@@ -219,7 +259,7 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
             "requests_per_s_a_worker_at_90": per_worker,
             "verdict": verdicts,
             "cpu_cores": busiest,
-            "latest_departure_virtual_s": round(bench.late_s, 3),
+            "departures_late_p98_of_ttft_bound": round(bench.late_s, 3),
         }
     result |= {"seed": given.seed, "profile": given.profile, "speed": given.speed}
     result |= {"workers": WORKERS, "seconds": given.seconds, "levels": levels}
@@ -235,8 +275,8 @@ def main() -> None:
     parser.add_argument("--anchors", type=Path, default=ANCHORS, help="the folder of the traces")
     parser.add_argument("--profile", default="opt-13b-a100")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=50.0, help="virtual, of one level")
-    parser.add_argument("--speed", type=float, default=2.0, help="virtual seconds a second")
+    parser.add_argument("--seconds", type=float, default=45.0, help="virtual, of one level")
+    parser.add_argument("--speed", type=float, default=3.0, help="virtual seconds a second")
     parser.add_argument("--interval", type=int, default=8, help="tokens of one piece of a stream")
     parser.add_argument("--parallel", type=int, default=8, help="arms that run at once")
     parser.add_argument("--real", action="store_true", help="real vLLM workers")

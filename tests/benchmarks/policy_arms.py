@@ -17,10 +17,13 @@ from urllib.request import urlopen
 import psutil
 import yaml
 
-from disagg_plugins.policy import SplitPolicy
+from disagg_plugins.builtins import BUILTINS
+from disagg_plugins.policy import SchedulerPolicy
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
+
+    from tests.benchmarks.workloads import Slo
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 30.0
@@ -28,8 +31,23 @@ SECRET = "0123456789abcdef0123456789abcdef"
 NEVER_TOKENS = 1_000_000_000
 LEASE_S = 30.0
 
-RULES = ("never", "always", "threshold", "load", "slo")
+RULES = {
+    "never": ("whole", "never"),
+    "always": ("halves", "always"),
+    "threshold": ("halves", "threshold"),
+    "load": ("halves", "load"),
+    "slo": ("halves", "slo"),
+    "slo-both": ("whole", "slo"),
+}
+"""Arms with our gateway: the fleet, and the policy's ``scheduler.split.rule``."""
+
 ROUTERS = ("vllm-router", "vllm-router-whole")
+ALONE = frozenset({"never", "vllm-router-whole"})
+"""Arms that never split."""
+
+OLD_RULES = ("never", "always", "threshold")
+"""What a release without these rules can say by its threshold."""
+
 WORKERS = 4
 WHOLE = ("both",) * WORKERS
 
@@ -61,9 +79,11 @@ def arms(names: Sequence[str], prefills: int) -> list[Arm]:
     for name in names:
         if name in ROUTERS:
             if router_binary() is not None:
-                found.append(Arm(name, WHOLE if name.endswith("whole") else halves, None))
-        elif name in ("never", "always", "threshold") or "rule" in SplitPolicy.model_fields:
-            found.append(Arm(name, WHOLE if name == "never" else halves, name))
+                found.append(Arm(name, WHOLE if name in ALONE else halves, None))
+            continue
+        fleet, rule = RULES[name]
+        if rule in OLD_RULES or rule in BUILTINS:
+            found.append(Arm(name, WHOLE if fleet == "whole" else halves, rule))
     return found
 
 
@@ -73,16 +93,15 @@ def router_binary() -> Path | None:
     return path if path.exists() else None
 
 
-def split_section(rule: str, slo_s: tuple[float, float]) -> dict[str, Any]:
-    """Return ``scheduler.split`` for a rule; older policies know only the threshold."""
-    fields = SplitPolicy.model_fields
-    if "rule" not in fields:
-        least = {"never": NEVER_TOKENS, "always": 0}.get(rule)
-        return {} if least is None else {"min_prompt_tokens": least}
-    section: dict[str, Any] = {"rule": rule}
-    for key, value in (("ttft_slo_s", slo_s[0]), ("tpot_slo_s", slo_s[1])):
-        if key in fields:
-            section[key] = value
+def scheduler_section(rule: str, slo: Slo) -> dict[str, Any]:
+    """Return the policy's ``scheduler`` for a rule, with the workload's bounds as its SLO class."""
+    section: dict[str, Any] = {"split": {"rule": rule}}
+    if rule not in BUILTINS:
+        least = {"never": NEVER_TOKENS, "always": 0}[rule]
+        section["split"] = {"min_prompt_tokens": least}
+    if "slo_classes" in SchedulerPolicy.model_fields:
+        bounds = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}
+        section |= {"slo_classes": {"bench": bounds}, "default_slo_class": "bench"}
     return section
 
 
@@ -95,11 +114,18 @@ class Running:
         urls: Of its workers.
     """
 
-    def __init__(self, arm: Arm, port: int, urls: list[str], process: psutil.Process) -> None:
+    def __init__(
+        self, arm: Arm, port: int, urls: list[str], process: psutil.Process, path: str
+    ) -> None:
         self.arm = arm
         self.port = port
         self.urls = urls
         self.process = process
+        self._path = path
+
+    def wait(self) -> None:
+        """Wait until it serves."""
+        wait_for(f"http://127.0.0.1:{self.port}{self._path}", self.arm.name)
 
 
 def cpu_s(process: psutil.Process) -> float:
@@ -171,27 +197,22 @@ def start_workers(
     return base, process
 
 
-def start_arm(
-    stack: ExitStack, folder: Path, arm: Arm, first_port: int, slo_s: tuple[float, float]
-) -> Running:
-    """Start the proxy of an arm before workers that run already."""
+def start_arm(stack: ExitStack, folder: Path, arm: Arm, first_port: int, slo: Slo) -> Running:
+    """Start the proxy of an arm before workers that run already; ``wait`` until it serves."""
     urls = [f"http://127.0.0.1:{first_port + i}" for i in range(len(arm.roles))]
     port = port_range(2)
     if arm.rule is None:
         argv, path = _router(arm, port, urls), "/health"
     else:
         policy = folder / f"{arm.name}.yaml"
-        policy.write_text(yaml.safe_dump(_policy(arm, arm.rule, port, urls, slo_s)))
+        policy.write_text(yaml.safe_dump(_policy(arm, arm.rule, port, urls, slo)))
         argv = [sys.executable, "-m", "disagg_plugins.cli.main", "serve", str(policy)]
         path = "/ready"
     process = _start(stack, argv, folder / f"{arm.name}.log")
-    wait_for(f"http://127.0.0.1:{port}{path}", arm.name)
-    return Running(arm, port, urls, process)
+    return Running(arm, port, urls, process, path)
 
 
-def _policy(
-    arm: Arm, rule: str, port: int, urls: list[str], slo_s: tuple[float, float]
-) -> dict[str, Any]:
+def _policy(arm: Arm, rule: str, port: int, urls: list[str], slo: Slo) -> dict[str, Any]:
     return {
         "model": "fake-model",
         "fleet": {
@@ -200,7 +221,7 @@ def _policy(
                 for i, (url, role) in enumerate(zip(urls, arm.roles, strict=True))
             ]
         },
-        "scheduler": {"split": split_section(rule, slo_s)},
+        "scheduler": scheduler_section(rule, slo),
         "gateway": {"port": port},
     }
 

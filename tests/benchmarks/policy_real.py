@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.benchmarks.goodput import level
 from tests.benchmarks.open_loop import Load
-from tests.benchmarks.policy_arms import RULES, split_section
+from tests.benchmarks.policy_arms import RULES, WHOLE, arms, scheduler_section
 from tests.benchmarks.workloads import Ask, Slo, Workload, chat, code
 from tests.engines.testbed import MODEL_NAME, ROOT, Server, Testbed
 
@@ -28,7 +28,6 @@ MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
 SECONDS = 40.0
 WARM_UP_S = 8.0
 BOUND_S = 120.0
-ALONE = ("never",)
 
 WORKLOADS = (
     Workload("chat", Slo(2.0, 0.15), (0.5,), 1, chat, "as with pretend workers, answers cut at 64"),
@@ -43,25 +42,23 @@ def asks(workload: Workload, seed: int, rate: float) -> list[Ask]:
     return [Ask(a.at_s, a.prompt[:4000], min(64, a.output_tokens)) for a in found]
 
 
-def servers(rule: str) -> list[Server]:
+def servers(roles: tuple[str, ...]) -> list[Server]:
     """Return two workers on a core each."""
-    roles = ("both", "both") if rule in ALONE else ("prefill", "decode")
     return [Server(f"w{i}", role, (i,)) for i, role in enumerate(roles)]
 
 
 def measure_real(given: argparse.Namespace) -> dict[str, object]:
     """Run every rule before real workers; return the last line of the benchmark."""
-    known = split_section("slo", (1.0, 1.0)).get("rule") is not None
-    rules = [r for r in RULES if r in given.arms and (known or r not in ("slo", "load"))]
+    rules = arms([name for name in RULES if name in given.arms], prefills=1)
     goodput: dict[str, dict[str, float]] = {w.name: {} for w in WORKLOADS}
     levels: dict[str, dict[str, Any]] = {w.name: {} for w in WORKLOADS}
     with tempfile.TemporaryDirectory() as folder:
-        for rule in rules:
-            slo = WORKLOADS[0].slo
-            section = split_section(rule, (slo.ttft_s, slo.tpot_s))
-            policy = {"scheduler": {"split": section}}
+        for arm in rules:
+            rule = arm.name
+            roles = ("both", "both") if arm.roles == WHOLE else ("prefill", "decode")
+            policy = {"scheduler": scheduler_section(arm.rule or "", WORKLOADS[0].slo)}
             place = Path(folder) / rule
-            with Testbed(place, MODEL, servers(rule), flags=FLAGS, policy=policy, say=say) as bed:
+            with Testbed(place, MODEL, servers(roles), flags=FLAGS, policy=policy, say=say) as bed:
                 port = int(bed.gateway_url.rpartition(":")[2])
                 for workload in WORKLOADS:
                     (rate,) = workload.rates

@@ -29,10 +29,10 @@ SECRET = {"DISAGG_SECRET": "0123456789abcdef-for-tests"}
 
 FAKE_PYTHON = f"""#!{sys.executable}
 import sys
-from disagg_plugins.testing.fake_engine import main
+from disagg_plugins.testing.fake_process import run
 port, model = (sys.argv[sys.argv.index(f) + 1] for f in ("--port", "--served-model-name"))
 sys.argv = ["fake_engine", "--port", port, "--model", model]
-main()
+run()
 """
 """Stands where a policy names an interpreter, and starts a pretend engine instead of vLLM."""
 

@@ -208,6 +208,7 @@ class Stack:
         gateway = self.gateway
         return (
             not gateway.active
+            and not gateway.entrance
             and all(p.counts()["busy"] == 0 for p in gateway.pools.values())
             and all(s.requests == 0 for s in gateway.fleet.states.values())
             and all(s.prompt_tokens == 0 for s in gateway.fleet.states.values())
@@ -236,7 +237,9 @@ def build_stack(
     dialects: object | None = None,
     model: str | None = None,
     port_of: dict[str, int] | None = None,
+    fleet: dict[str, object] | None = None,
     scheduler: dict[str, object] | None = None,
+    worker: dict[str, object] | None = None,
     kv_events: dict[str, str] | None = None,
     **roles: str,
 ) -> Stack:
@@ -258,18 +261,26 @@ def build_stack(
             engine.reporter = Reporter(f"http://127.0.0.1:{port}", SECRET, name)
             stack.callback(engine.reporter.close)
         engines[name] = engine
-        workers.append({"name": name, "url": engine.url, "role": role, "capacity": 1000})
+        workers.append(
+            {"name": name, "url": engine.url, "role": role, "capacity": 1000, **(worker or {})}
+        )
         if name in (kv_events or {}):
             workers[-1]["kv_events"] = kv_events[name]
     policy = Policy.model_validate(
         {
             "model": model,
-            "fleet": {"workers": workers},
+            "fleet": {"workers": workers, **(fleet or {})},
             "scheduler": {
                 "split": {"min_prompt_tokens": min_prompt_tokens},
                 **(scheduler or {}),
             },
-            "gateway": {"port": port, "probe_s": 0.1, "drain_s": 2.0, **(gateway or {})},
+            "gateway": {
+                "port": port,
+                "probe_s": 0.1,
+                "drain_s": 2.0,
+                "probe_generate_s": None,
+                **(gateway or {}),
+            },
             "telemetry": {"report_wait_s": 0.2, **(telemetry or {})},
         }
     )

@@ -94,6 +94,14 @@ def test_status_holds_no_secret(stack: Stack) -> None:
     assert said["in_flight"] == 0
 
 
+def test_status_tells_the_tasks_and_requests_leave_none(stack: Stack) -> None:
+    assert stack.complete()[0] == 200
+    at_rest = stack.status()["tasks"]
+    for _ in range(5):
+        assert stack.complete(stream=True)[0] == 200
+    eventually(lambda: stack.status()["tasks"] == at_rest, "the tasks of a gateway at rest")
+
+
 def post_report(stack: Stack, body: bytes, secret: bytes = SECRET, at_s: float = 0.0) -> int:
     signature = sign(report_key(secret), body, at_s or time.time())
     return stack.request("POST", PATH, body, {"X-Disagg-Signature": signature})[0]

@@ -204,13 +204,31 @@ def test_prefill_worker_that_is_away_leaves_requests_local(build: Build) -> None
 def test_failures_in_a_row_rest_a_worker_until_a_probe_succeeds(build: Build) -> None:
     stack = build(
         d0="decode",
-        behaviours={"d0": Behaviour(status=500, times=6)},
+        d1="decode",
+        behaviours={"d0": Behaviour(status=500, times=2)},
         gateway={"probe_s": 0.5, "unhealthy_after": 2},
     )
-    statuses = [stack.complete(SHORT)[0] for _ in range(3)]
-    assert statuses[:2] == [502, 502]
-    assert statuses[2] == 503
-    eventually(lambda: stack.complete(SHORT)[0] == 200, "the worker is back", 15.0)
+    state = stack.gateway.fleet.states["d0"]
+
+    def rests() -> bool:
+        assert stack.complete(SHORT)[0] == 200  # the other one takes over
+        return state.outs == 1
+
+    eventually(rests, "the worker rests")
+    assert "http_500" in state.reason or state.healthy
+    eventually(lambda: state.healthy, "the worker is back", 15.0)
+
+
+def test_the_only_decode_worker_is_kept_in_use_though_it_fails(build: Build) -> None:
+    stack = build(
+        d0="decode",
+        behaviours={"d0": Behaviour(status=500, times=6)},
+        gateway={"probe_s": 30.0, "unhealthy_after": 2},
+    )
+    statuses = [stack.complete(SHORT)[0] for _ in range(4)]
+    assert statuses == [502, 502, 502, 502]
+    assert stack.gateway.fleet.states["d0"].kept
+    eventually(lambda: stack.complete(SHORT)[0] == 200, "it serves again, no probe needed")
 
 
 def test_two_models_in_one_fleet_is_named(build: Build) -> None:

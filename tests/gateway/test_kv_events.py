@@ -136,5 +136,27 @@ def test_a_real_publisher_is_followed_through_gaps_restarts_and_floods(index) ->
     uvloop.run(follow_a_publisher(index))
 
 
-def test_nobody_to_listen_to_ends_at_once(index) -> None:
-    asyncio.run(KvEvents({}, index, HASHER).run())
+async def come_and_go(index) -> None:
+    context = zmq.asyncio.Context()
+    publisher, port = bind(context)
+    events = KvEvents({}, index, HASHER)
+    task = asyncio.get_running_loop().create_task(events.run())
+    try:
+        await asyncio.sleep(0)
+        for _ in range(2):  # the name may be used again
+            events.join("w", f"tcp://127.0.0.1:{port}")
+            await asyncio.wait_for(publisher.recv(), DEADLINE_S)  # the subscription
+            await publisher.send_multipart(message(0, *BLOCKS))
+            await until(lambda: claimed(index) == 2)
+            events.leave("w")
+            assert (claimed(index), events.knows("w"), events.workers) == (0, False, {})
+            await asyncio.wait_for(publisher.recv(), DEADLINE_S)  # the end of the subscription
+        await until(lambda: len(asyncio.all_tasks()) == 2)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        context.destroy(linger=0)
+
+
+def test_workers_that_join_are_listened_to_until_they_leave(index) -> None:
+    asyncio.run(come_and_go(index))

@@ -27,8 +27,7 @@ def gateway(**scheduler: object) -> SimpleNamespace:
     policy = Policy.model_validate({"fleet": {"workers": workers}, "scheduler": scheduler})
     return SimpleNamespace(
         policy=policy,
-        engine_dialects=[],
-        fleet=SimpleNamespace(model=lambda: "m"),
+        fleet=SimpleNamespace(model=lambda: "m", dialects_here=tuple),
         metrics=None,
         prompts=Prompts(policy, None),
     )

@@ -340,7 +340,7 @@ def test_in_a_large_fleet_only_a_sample_is_scored(scheduler):
     decider = scheduler(watcher={"disagg_score_workers": disagg_score_workers})
     decider.decide(LONG, FleetView(many(100, 200), {}))
     assert len(seen) == 2
-    assert all(2 <= count <= 8 for count in seen)
+    assert all(2 <= count <= 4 for count in seen)
 
 
 def test_samples_level_the_load_of_a_large_fleet(scheduler):
@@ -386,3 +386,14 @@ def test_a_worker_that_came_back_is_given_one_request_at_a_time(scheduler):
     assert names(scheduler().decide(SHORT, FleetView(members, loads))) == ("d2",)
     loads["d1"] = WorkerLoad(trial=True)
     assert names(scheduler().decide(SHORT, FleetView(members, loads))) == ("d1",)
+
+
+def test_admission_is_asked_once_a_request(scheduler):
+    def refuse(profile, fleet):
+        return Refusal("no", status=429)
+
+    decider = scheduler(mine={"disagg_select_admission": refuse})
+    fleet = FleetView(TWO_BY_TWO, {})
+    with pytest.raises(NoCapacityError):
+        decider.decide(LONG, fleet)
+    assert isinstance(decider.decide(replace(LONG, admitted=True), fleet).route, Disaggregated)

@@ -178,3 +178,12 @@ def test_two_sglang_workers_meet_at_once_and_two_engines_by_relay() -> None:
 
 def test_a_lora_adapter_is_never_split() -> None:
     assert "LoRA" in str(SglangDialect().unsplittable({**BODY, "lora_path": "mine"}))
+
+
+def test_a_server_is_told_its_role_and_has_no_mode_for_both() -> None:
+    dialect = SglangDialect()
+    assert dialect.role_switch(Role.PREFILL) == ("/pd_role_switch", {"new_role": "prefill"})
+    path, body = dialect.role_switch(Role.DECODE) or ("", {})
+    assert (path, body["new_role"]) == ("/pd_role_switch", "decode")
+    assert body["decode_cuda_graph_memory_gb"] == 0  # SGLang refuses decode without it
+    assert dialect.role_switch(Role.BOTH) is None

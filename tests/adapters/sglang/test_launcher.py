@@ -62,6 +62,15 @@ def test_half_of_a_split_takes_its_mode_and_our_backend(tmp_path: Path, role: st
     assert flag(argv, "--disaggregation-transfer-backend") == "disagg"
 
 
+def test_a_server_that_may_switch_its_role_begins_as_decode(tmp_path: Path) -> None:
+    switching = {**worker("w0", 8101, "both"), "role_switch": True}
+    argv = commands(tmp_path, fleet(switching))[0].argv
+    assert "--enable-pd-role-switch" in argv
+    assert flag(argv, "--disaggregation-mode") == "decode"
+    assert flag(argv, "--disaggregation-transfer-backend") == "disagg"
+    assert "--enable-pd-role-switch" not in both(tmp_path).argv
+
+
 def test_workers_of_one_machine_have_bootstrap_ports_of_their_own(tmp_path: Path) -> None:
     workers = [
         worker("p0", 8101, "prefill"),

@@ -141,7 +141,8 @@ def test_every_request_is_right_or_clearly_refused_and_nothing_is_left(bed: Test
     until(lambda: status(bed)["handoffs_open"] == 0, "no open handoff")
     state = status(bed)
     assert state["in_flight"] == 0
-    assert state["client_connections"] <= 1
+    # one of this question, and each worker keeps one for its reports
+    assert state["client_connections"] <= 1 + len(WORKERS)
     for worker in state["workers"]:
         left = worker["requests"], worker["prompt_tokens"], worker["connections"]["busy"]
         assert left == (0, 0, 0), worker["name"]
