@@ -42,7 +42,7 @@ Json = dict[str, object]
 
 MAX_TOKENS_SERVED = 100_000
 START_TIMEOUT_S = 10.0
-STOP_S = 1.0
+STOP_S = 5.0
 """How long the end waits for connections that were accepted but are not made yet."""
 
 

@@ -80,7 +80,7 @@ def test_event_in_pieces_ends_the_noting() -> None:
 
 
 EVENTS = st.lists(
-    st.tuples(st.text("aé\\\"{[ ", max_size=4), st.lists(st.integers(0, 60_000), max_size=12)),
+    st.tuples(st.text('aé\\"{[ ', max_size=4), st.lists(st.integers(0, 60_000), max_size=12)),
     max_size=40,
 )
 
