@@ -11,6 +11,7 @@ from disagg_plugins.types import IDLE, FleetView, RequestProfile, Role, Worker
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+
 class KvRoom:
     """Scores by the share of KV that is free once this request is there.
 
