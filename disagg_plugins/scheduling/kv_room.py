@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
+from disagg_plugins.scheduling.prediction import expected_output
 from disagg_plugins.types import IDLE, FleetView, RequestProfile, Role, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-EXPECTED_OUTPUT_TOKENS = 256
-"""Of a request without a bound; the mean of chat traffic."""
 
 
 class KvRoom:
@@ -28,8 +26,7 @@ class KvRoom:
         """See ``hookspecs.disagg_score_workers``."""
         if role is Role.PREFILL:
             return None  # a prompt's KV stays there for a moment only
-        output = profile.max_output_tokens
-        need = profile.prompt_tokens + max(0, EXPECTED_OUTPUT_TOKENS if output is None else output)
+        need = profile.prompt_tokens + expected_output(profile.max_output_tokens)
         scores, loads = {}, fleet.loads
         for worker in workers:
             load = loads.get(worker.name, IDLE)

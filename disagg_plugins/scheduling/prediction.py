@@ -251,9 +251,15 @@ class Predictor:
 
     def know(self, worker: Worker) -> None:
         """Note what kind of worker a name stands for."""
-        if worker.name not in self._kinds and len(self._kinds) >= 2 * MAX_WORKERS:
+        name, kind = worker.name, kind_of(worker)
+        before = self._kinds.get(name)
+        if before == kind:
+            return
+        if before is None and len(self._kinds) >= 2 * MAX_WORKERS:
             self._kinds.pop(next(iter(self._kinds)))
-        self._kinds[worker.name] = kind_of(worker)
+        if before is not None:  # another worker under an old name
+            self._of_worker.pop(name, None)
+        self._kinds[name] = kind
         self._fits.clear()
 
     def seed_kind(self, kind: Kind, phase: Phase, coefficients: Sequence[float]) -> None:
@@ -298,6 +304,7 @@ class Predictor:
         """Return the fit that a prediction would come from, or None where nothing is known."""
         key = worker.name, phase
         if key not in self._fits:
+            self.know(worker)  # it may have joined while the gateway runs
             self._fits[key] = self._fit(worker, phase)
         return self._fits[key]
 

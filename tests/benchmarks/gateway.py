@@ -273,6 +273,7 @@ class Vllm:
         return [VllmDialect()]
 port, prefill, decode, records = sys.argv[1:]
 policy = Policy.model_validate({
+    "scheduler": {"split": {"rule": "always"}},  # one prompt again and again is soon cached
     "fleet": {"workers": [
         {"name": "p0", "url": f"http://127.0.0.1:{prefill}", "role": "prefill", "capacity": 4096},
         {"name": "d0", "url": f"http://127.0.0.1:{decode}", "role": "decode", "capacity": 4096},

@@ -25,6 +25,12 @@ def test_a_request_without_a_bound_is_expected_to_write_something():
     assert score(KNOWN, output=None) == {"w": pytest.approx(1 - 0.356)}
 
 
+def test_an_endless_bound_leaves_an_opinion():
+    large = Worker("w", "http://127.0.0.1:1", "vllm", Role.BOTH, kv_tokens=10_000)
+    assert score(large, output=10**18) == score(large, output=4096)
+    assert score(large, output=10**18)["w"] > 0.5
+
+
 def test_the_fuller_of_two_views_counts():
     assert score(KNOWN, kv_usage=0.9) == {"w": pytest.approx(0.1)}
     assert score(KNOWN, kv_usage=0.1, kv_tokens=700) == {"w": pytest.approx(0.1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -168,6 +169,24 @@ def test_a_worker_that_differs_from_its_kind_is_told_apart_once_it_has_data(taug
     teach(taught, "p1", random.Random(4), OWN_AFTER, prefill=slow)
     expected = dot(slow, prefill_features(1000, 0, 0))
     assert taught.prefill_s(P1, IDLE, 1000) == pytest.approx(expected, rel=0.15)
+
+
+def test_a_worker_that_joined_later_teaches_its_kind_and_learns_from_it():
+    predictor = Predictor()
+    joined, next_one = worker("p8", Role.PREFILL), worker("p9", Role.PREFILL)
+    assert predictor.prefill_s(joined, IDLE, 1000) is None  # it was asked about
+    predictor.learn(Observation("prefill", "p8", prefill_features(1000, 0, 0), 0.1))
+    assert predictor.prefill_s(next_one, IDLE, 1000) == pytest.approx(0.1)
+
+
+def test_another_worker_under_an_old_name_starts_anew():
+    predictor = Predictor()
+    old = worker("p8", Role.PREFILL)
+    predictor.know(old)
+    for _ in range(100):
+        predictor.learn(Observation("prefill", "p8", prefill_features(1000, 0, 0), 0.1))
+    new = replace(old, labels={"hardware": "other"})
+    assert predictor.prefill_s(new, IDLE, 1000) is None
 
 
 def test_nothing_is_predicted_of_what_nobody_measured():

@@ -91,6 +91,20 @@ def test_no_prefill_worker_no_split():
     assert decide(4000, workers=(D,)).reason == "no prefill worker that is healthy"
 
 
+def test_first_tokens_that_are_on_their_way_to_a_worker_count_against_reading_there():
+    bounds = {"ttft_slo_s": 0.3, "max_output_tokens": 14}
+    assert decide(1600, WorkerLoad(0, 100), **bounds).split is False
+    assert decide(1600, WorkerLoad(9, 100, prefills=9), **bounds).split is True
+
+
+def test_a_bound_is_kept_with_room_to_spare_where_prefill_workers_write_nothing():
+    both = Worker("p0", P.url, "vllm", Role.BOTH, capacity=1000)
+    tight = {"tpot_slo_s": 0.0375, "max_output_tokens": 200}  # 37.2 ms if it stays
+    behind = WorkerLoad(21, 120_000, output_tokens=21 * 200, kv_tokens=20_000, prefills=1)
+    assert decide(3500, behind, BUSY, **tight).split is True
+    assert decide(3500, behind, BUSY, workers=(both, D), **tight).split is False
+
+
 def test_workers_that_cannot_share_a_handoff_are_no_pair():
     decision = decide(4000, None, BUSY, pairs={("p0", "d0"): "models differ"})
     assert decision.reason.startswith("not measured yet")
