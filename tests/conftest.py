@@ -6,6 +6,11 @@ import socket
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
+
+# Machines that run tests are busy: how long an example takes says nothing.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture
