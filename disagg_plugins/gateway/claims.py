@@ -6,11 +6,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.fleet import FleetState
+    from disagg_plugins.gateway.membership import Members
     from disagg_plugins.gateway.worker_state import Work
+    from disagg_plugins.types import Worker
+
+
+EXPECTED = "expected"
+"""The side of a decode worker that is not called yet."""
 
 
 class Claims:
     """The work that one request has begun, by side.
+
+    A decode worker is counted as ``expected`` from the decision on, while prefill still reads:
+    requests that are split at the same time would all choose the same one otherwise.
 
     Args:
         fleet: Counts the work of all requests; it knows of a work before it is noted here.
@@ -25,6 +34,11 @@ class Claims:
     def note(self, side: str, worker: str, work: Work) -> None:
         """The fleet has counted this work."""
         self._held[side] = (worker, work)
+
+    def expect(self, members: Members, decode: Worker, work: Work) -> None:
+        """A decode worker was chosen, and will be called when the prompt is read."""
+        _, given = members.give(decode, work)
+        self.note(EXPECTED, decode.name, given)
 
     def worker(self, side: str) -> str | None:
         """Return the worker that works on ``side``, or None."""

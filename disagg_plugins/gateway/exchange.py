@@ -19,7 +19,7 @@ from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
 from disagg_plugins.gateway.answers import Answers
 from disagg_plugins.gateway.chunks import passing, stripping
-from disagg_plugins.gateway.claims import Claims
+from disagg_plugins.gateway.claims import EXPECTED, Claims
 from disagg_plugins.gateway.containment import contained
 from disagg_plugins.gateway.fleet import expected_output
 from disagg_plugins.gateway.refusals import RequestError
@@ -114,6 +114,7 @@ class Exchange:
             self._ref = self._gateway.mint(route.prefill, route.decode)
             self._gateway.ledger.open(self._ref.handoff_id)
             self._ref = replace(self._ref, endpoints=fleet.endpoints(route.prefill.name))
+            self._claims.expect(self._gateway.members, route.decode, self._decode_work(0))
             self._do(self._flow.on(f.Started(fleet.family(route.prefill, route.decode))))
         else:
             self._do(self._flow.on(f.Started(None)))
@@ -478,9 +479,9 @@ class Exchange:
         gateway = self._gateway
         if side == "decode":
             self._sse = None
+            self._claims.leave(EXPECTED)
             self.decode_deadline_s = monotonic() + gateway.policy.gateway.first_byte_s
-        self._bodies[side] = []
-        self._sizes_bytes[side] = 0
+        self._bodies[side], self._sizes_bytes[side] = [], 0
         self.surroundings.sent(self.record, self._times, side, worker, gateway.fleet.view())
         pool, given = gateway.members.give(worker, work)
         self._claims.note(side, worker.name, given)

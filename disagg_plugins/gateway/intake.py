@@ -143,9 +143,9 @@ class Intake:
     def begin(self, pending: Pending, decision: Decision, queue_s: float = 0.0) -> None:
         """Begin a request that was admitted."""
         gateway, profile, explanation = self._gateway, pending.profile, pending.explanation
-        gateway.prompts.routed(profile, decision.route)
         lines = pending.answer_headers
         try:
+            gateway.prompts.routed(profile, decision.route)
             exchange = Exchange(
                 gateway,
                 pending.client,

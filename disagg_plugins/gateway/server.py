@@ -331,7 +331,9 @@ class Gateway:
         self.recent.append((record.route, record.split, _reason_label(record.why)))
         if record.outcome == "ok":
             self.fleet.wrote(record)
-        if self._records is not None and not self._records.add(record):
+        if self._records is None:
+            record.summarise_gaps()  # the last requests are remembered, not each of their gaps
+        elif not self._records.add(record):
             self.metrics.count("disagg_records_dropped")
         if not self._scheduler.wants_ends:
             return

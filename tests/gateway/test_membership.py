@@ -138,7 +138,9 @@ def test_a_stream_that_does_not_end_in_time_goes_on_at_another_worker(build: Bui
 
 
 def test_a_route_that_is_older_than_the_fleet_goes_on_with_another_worker(build: Build) -> None:
-    stack = build(p0="prefill", d0="decode", d1="decode", behaviours={"p0": Behaviour(first_s=0.4)})
+    slow = {"p0": Behaviour(first_s=0.6)}
+    brief = {"drain_s": 0.1}
+    stack = build(gateway=brief, p0="prefill", d0="decode", d1="decode", behaviours=slow)
     clients = [Client(stack, LONG), Client(stack, LONG)]  # each will decode on another worker
     eventually(lambda: stack.gateway.fleet.states["p0"].requests == 2, "both prompts are read")
     assert ask(stack, "DELETE", "d0")[0] == 202

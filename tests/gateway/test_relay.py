@@ -8,9 +8,15 @@ from collections.abc import Callable
 import pytest
 
 from disagg_plugins.testing.fake_engine import Behaviour
-from tests.gateway.harness import LONG, SHORT, Stack
+from tests.gateway.harness import LONG, SHORT, Stack, eventually
 
 Build = Callable[..., Stack]
+
+
+def events(stream: bytes) -> list[object]:
+    """Return the events of a stream; blanks between their values may differ."""
+    lines = [line[6:] for line in stream.split(b"\n\n") if line.startswith(b"data: {")]
+    return [json.loads(line) for line in lines]
 
 
 def text_of(stream: bytes) -> str:
@@ -39,10 +45,13 @@ def test_long_prompt_goes_prefill_then_decode_and_is_recorded(build: Build) -> N
     assert stack.records_path.stat().st_mode & 0o777 == 0o600
 
 
-def test_split_and_local_answers_are_the_same_bytes(build: Build) -> None:
+def test_split_and_local_answers_are_the_same(build: Build) -> None:
     split, local = build(), build(d0="decode")
-    for stream in (False, True):
-        assert split.complete(stream=stream) == local.complete(stream=stream)
+    assert split.complete() == local.complete()
+    (status, one), (_, other) = split.complete(stream=True), local.complete(stream=True)
+    assert status == 200
+    assert events(one) == events(other)
+    assert one.endswith(b"data: [DONE]\n\n")
 
 
 def test_short_prompt_stays_local(build: Build) -> None:
@@ -183,3 +192,18 @@ def test_missing_report_is_told(build: Build) -> None:
     assert handoff["report"] == "missing"
     assert record["split"] == "no: no report"
     assert stack.metric("disagg_split_not_happening", ("no report",)) == 1
+
+
+def test_a_decode_worker_is_counted_from_the_decision_on(build: Build) -> None:
+    stack = build(p0="prefill", d0="decode", behaviours={"p0": Behaviour(hang="head")})
+    body = b'{"model": "fake-model", "prompt": "%b", "max_tokens": 7}' % LONG.encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    client = stack.raw(head % len(body) + body)
+    d0 = stack.gateway.fleet.states["d0"]
+    eventually(lambda: d0.requests == 1, "d0 is expected to answer")
+    assert d0.output_tokens == 7
+    assert d0.prompt_tokens == 0
+    assert stack.engines["d0"].seen.requests == 0
+    client.close()
+    stack.wait_idle()
+    assert (d0.requests, d0.output_tokens, d0.kv_tokens) == (0, 0, 0)
