@@ -28,6 +28,23 @@ PENDING = 16
 """Chunks noted at once, some 4 KiB: one by one it costs five times as much."""
 
 
+def short_way(
+    trail: Trail | None, sse: SseObserver, stamp: Callable[[float], None], send: Take, slow: Take
+) -> Take | None:
+    """Return what forwards chunks of a stream whose beginning was looked at; None: nothing may.
+
+    Args:
+        trail: Notes the ids of the stream; None: it carries none.
+        sse: Watches the stream.
+        stamp: Notes the moment of output.
+        send: Writes to the client.
+        slow: Takes the content of a chunk for which no such path is made.
+    """
+    if trail is None:
+        return passing(sse, stamp, send, slow)
+    return stripping(trail, sse, stamp, send, slow) if trail.prompt else None
+
+
 def passing(sse: SseObserver, stamp: Callable[[float], None], send: Take, slow: Take) -> Take:
     """Return what forwards one chunk as it came, framing and all.
 

@@ -53,7 +53,8 @@ class Parts:
         scheduler: Decides each route.
         dialects: By engine name.
         secret: The fleet's secret.
-        mint: Makes a handoff id and its ticket for two workers.
+        mint: Makes a handoff id and its ticket for two workers; the ticket is void when the
+            request's deadline, if it has one, has passed.
         records: Where records are written, or None.
         plugin_failures: Returns failures of plugins by name.
         rebalance: Asks the plugins for a change of roles.
@@ -64,7 +65,7 @@ class Parts:
     scheduler: Decides
     dialects: Mapping[str, Dialect]
     secret: bytes
-    mint: Callable[[Worker, Worker], HandoffRef]
+    mint: Callable[[Worker, Worker, float | None], HandoffRef]
     records: RecordFile | None = None
     plugin_failures: Callable[[], dict[str, int]] = dict
     rebalance: Ask = _leave_as_it_is

@@ -97,7 +97,7 @@ class Resumption:
         """Return what is missing of an answer whose finish reason was sent; None: it was not."""
         parsed, trail = self._parsed, self.trail
         said = StreamEnd() if sse is None else sse.end()
-        if said.finish is None or parsed.batch or parsed.body.get("n") not in (None, 1):
+        if said.finish is None or not parsed.single:
             return None
         options = parsed.body.get("stream_options")
         usage = isinstance(options, dict) and bool(options.get("include_usage"))
