@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -199,7 +199,12 @@ def _parts(
 ) -> Parts:
     ticket_s = policy.handoff.ticket_s
 
-    def new_handoff(prefill: Worker, decode: Worker, deadline_s: float | None) -> HandoffRef:
+    def new_handoff(
+        prefill: Worker,
+        decode: Worker,
+        deadline_s: float | None,
+        endpoints: tuple[Mapping[str, object], ...],
+    ) -> HandoffRef:
         left_s = ticket_s if deadline_s is None else deadline_s - time.monotonic()
         handoff_id = HandoffId(os.urandom(16).hex())
         ticket = mint(
@@ -210,7 +215,7 @@ def _parts(
             now_s=time.time(),
             valid_s=min(ticket_s, max(LEAST_TICKET_S, left_s)),
         )
-        return HandoffRef(handoff_id, ticket, prefill, decode)
+        return HandoffRef(handoff_id, ticket, prefill, decode, endpoints)
 
     def plugin_failures() -> dict[str, int]:
         failures: Counter[str] = Counter()

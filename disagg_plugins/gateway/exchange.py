@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -104,9 +103,9 @@ class Exchange:
         route = self._route
         if isinstance(route, Disaggregated):
             fleet = self._gateway.fleet
-            self._ref = self._gateway.mint(route.prefill, route.decode, self.profile.deadline_s)
+            deadline_s, endpoints = self.profile.deadline_s, fleet.endpoints(route.prefill.name)
+            self._ref = self._gateway.mint(route.prefill, route.decode, deadline_s, endpoints)
             self._gateway.ledger.open(self._ref.handoff_id)
-            self._ref = replace(self._ref, endpoints=fleet.endpoints(route.prefill.name))
             work = self._bodies.writing(0)
             self._calls.claims.expect(self._gateway.members, route.decode, work)
             self._family = fleet.family(route.prefill, route.decode)

@@ -131,7 +131,7 @@ class Intake:
             more = b""
             if explanation is not None and isinstance(exc, NoCapacityError):
                 explanation.refused = exc.problem
-                explanation.settle()
+                explanation.settle(len(self._gateway.fleet.workers))
                 more = _explain_line(explanation) if explained else b""
             self._refused(client, exc, lines, more)
             return
@@ -141,7 +141,7 @@ class Intake:
     def refuse_waiting(self, pending: Pending, exc: NoCapacityError | RequestError) -> None:
         """Refuse a request that has waited."""
         pending.explanation.refused = str(exc)
-        pending.explanation.settle()
+        pending.explanation.settle(len(self._gateway.fleet.workers))
         more = _explain_line(pending.explanation) if pending.explained else b""
         self._refused(pending.client, exc, pending.answer_headers, more)
 
@@ -166,7 +166,7 @@ class Intake:
         gateway.entrance.began(exchange, profile.tenant)
         exchange.record.queue_s = queue_s
         explanation.record = exchange.record
-        explanation.settle()
+        explanation.settle(len(self._gateway.fleet.workers))
         gateway.active.add(exchange)
         gateway.retries.request(time.monotonic())
         exchange.begin()
