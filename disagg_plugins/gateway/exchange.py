@@ -21,7 +21,6 @@ from disagg_plugins.gateway.answers import Answers
 from disagg_plugins.gateway.chunks import passing, stripping
 from disagg_plugins.gateway.claims import EXPECTED, Claims
 from disagg_plugins.gateway.containment import contained
-from disagg_plugins.gateway.fleet import expected_output
 from disagg_plugins.gateway.refusals import RequestError
 from disagg_plugins.gateway.resumption import Resumption
 from disagg_plugins.gateway.sse import SseObserver, carries_output, failed_at_once, read_answer
@@ -30,6 +29,7 @@ from disagg_plugins.gateway.timeline import Timeline
 from disagg_plugins.gateway.upstream import Call
 from disagg_plugins.gateway.wire import header_value, post
 from disagg_plugins.gateway.worker_state import Work
+from disagg_plugins.scheduling.prediction import expected_output
 from disagg_plugins.telemetry.records import FailureRecord
 from disagg_plugins.types import Disaggregated
 
