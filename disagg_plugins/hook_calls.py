@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -49,6 +50,7 @@ class Implementation:
         function: Called with ``arguments`` in this order.
         arguments: The hook's arguments that it takes.
         thread: Where it runs; None for a trusted plugin, which runs inline.
+        take: Returns the values of ``arguments``, of all of the hook's.
     """
 
     plugin: str
@@ -56,6 +58,12 @@ class Implementation:
     function: Callable[..., object]
     arguments: tuple[str, ...]
     thread: PluginThread | None
+    take: Callable[[Mapping[str, object]], tuple[object, ...]] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "take", _taker(self.arguments))
 
 
 class HookCalls:
@@ -127,6 +135,7 @@ class HookCalls:
         *,
         without: Collection[str] = (),
         deadline_s: float | None = None,
+        trusted: Callable[[object], T] | None = None,
     ) -> list[tuple[str, T]]:
         """Return every answer that is not None, with its plugin's name, in order of asking.
 
@@ -136,9 +145,10 @@ class HookCalls:
             arguments: All arguments of the hook.
             without: Plugins not to ask.
             deadline_s: In place of the usual deadline.
+            trusted: In place of ``check`` for plugins that run inline, where it costs too much.
         """
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
-        return list(self._answers(hook, check, arguments, without, deadline_s))
+        return list(self._answers(hook, check, arguments, without, deadline_s, trusted))
 
     def _answers(
         self,
@@ -147,8 +157,9 @@ class HookCalls:
         arguments: Mapping[str, object],
         without: Collection[str],
         deadline_s: float,
+        trusted: Callable[[object], T] | None = None,
     ) -> Iterator[tuple[str, T]]:
-        inline = self._trace is None
+        inline, trusted = self._trace is None, trusted or check
         for implementation in self._implementations.get(hook, ()):
             plugin = implementation.plugin
             if plugin in without:
@@ -156,7 +167,7 @@ class HookCalls:
             if inline and implementation.thread is None and plugin not in self._off:
                 # as ``_ask`` does, without its books: a decision asks twenty of them
                 try:
-                    answer = _checked(implementation, arguments, check)
+                    answer = _checked(implementation, arguments, trusted)
                 except Exception as exc:  # whatever a trusted plugin raised
                     self._raised(implementation, exc)
                     continue
@@ -166,9 +177,9 @@ class HookCalls:
             if answer is not None:
                 yield plugin, answer
 
-    def asks(self, hook: str) -> bool:
-        """Return whether anybody implements ``hook``: arguments nobody reads need no making."""
-        return bool(self._implementations.get(hook))
+    def asks(self, hook: str, *, without: Collection[str] = ()) -> bool:
+        """Return whether anybody is asked by ``hook``: arguments nobody reads need no making."""
+        return any(each.plugin not in without for each in self._implementations.get(hook, ()))
 
     def tell(
         self, hook: str, arguments: Mapping[str, object], *, deadline_s: float | None = None
@@ -263,12 +274,18 @@ class HookCalls:
                 self._overruns[plugin] = max(0, self._overruns[plugin] - 1)
 
 
+def _taker(names: tuple[str, ...]) -> Callable[[Mapping[str, object]], tuple[object, ...]]:
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda arguments: tuple(arguments[name] for name in names)
+
+
 def _checked(
     implementation: Implementation,
     arguments: Mapping[str, object],
     check: Callable[[object], T],
 ) -> T | None:
-    value = implementation.function(*map(arguments.__getitem__, implementation.arguments))
+    value = implementation.function(*implementation.take(arguments))
     if value is None:
         return None
     if type(value) is CoroutineType:
