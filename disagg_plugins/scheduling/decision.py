@@ -230,7 +230,7 @@ class Scheduler:
             profile, role, fleet, trace, without=self._weightless
         )
         for name in nominated:
-            worker = fleet.worker(name)
+            worker = None if name in found else fleet.worker(name)
             if worker is not None and worker.role.serves(role) and fleet.load(worker).healthy:
                 found[name] = worker
         return list(found.values())
