@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from disagg_plugins.errors import HookContractError
 from disagg_plugins.plugin_threads import BusyError, OverranError, PluginThread, RaisedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 LOG = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Implementation:
         function: Called with ``arguments`` in this order.
         arguments: The hook's arguments that it takes.
         thread: Where it runs; None for a trusted plugin, which runs inline.
+        take: Returns the values of ``arguments``, of all of the hook's.
     """
 
     plugin: str
@@ -56,6 +58,12 @@ class Implementation:
     function: Callable[..., object]
     arguments: tuple[str, ...]
     thread: PluginThread | None
+    take: Callable[[Mapping[str, object]], tuple[object, ...]] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "take", _taker(self.arguments))
 
 
 class HookCalls:
@@ -117,13 +125,7 @@ class HookCalls:
 
         Plugins named in ``without`` are not asked.
         """
-        for implementation in self._implementations.get(hook, ()):
-            if implementation.plugin in without:
-                continue
-            answer = self._ask(implementation, check, arguments, self._deadline_s)
-            if answer is not None and not isinstance(answer, HookContractError):
-                return implementation.plugin, answer
-        return None
+        return next(self._answers(hook, check, arguments, without, self._deadline_s), None)
 
     def every(
         self,
@@ -133,6 +135,7 @@ class HookCalls:
         *,
         without: Collection[str] = (),
         deadline_s: float | None = None,
+        trusted: Callable[[object], T] | None = None,
     ) -> list[tuple[str, T]]:
         """Return every answer that is not None, with its plugin's name, in order of asking.
 
@@ -142,34 +145,41 @@ class HookCalls:
             arguments: All arguments of the hook.
             without: Plugins not to ask.
             deadline_s: In place of the usual deadline.
+            trusted: In place of ``check`` for plugins that run inline, where it costs too much.
         """
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
-        answers = []
-        inline = self._trace is None
+        return list(self._answers(hook, check, arguments, without, deadline_s, trusted))
+
+    def _answers(
+        self,
+        hook: str,
+        check: Callable[[object], T],
+        arguments: Mapping[str, object],
+        without: Collection[str],
+        deadline_s: float,
+        trusted: Callable[[object], T] | None = None,
+    ) -> Iterator[tuple[str, T]]:
+        inline, trusted = self._trace is None, trusted or check
         for implementation in self._implementations.get(hook, ()):
             plugin = implementation.plugin
             if plugin in without:
                 continue
             if inline and implementation.thread is None and plugin not in self._off:
-                # as ``_ask`` does, without its calls: a decision asks twenty of them
+                # as ``_ask`` does, without its books: a decision asks twenty of them
                 try:
-                    given = [arguments[name] for name in implementation.arguments]
-                    value = implementation.function(*given)
-                    if value is not None and (found := check(value)) is not None:
-                        answers.append((plugin, found))
-                except NonsenseError as exc:
-                    self._failed(implementation, "nonsense", str(exc))
+                    answer = _checked(implementation, arguments, trusted)
                 except Exception as exc:  # whatever a trusted plugin raised
                     self._raised(implementation, exc)
-                continue
-            answer = self._ask(implementation, check, arguments, deadline_s)
-            if answer is not None and not isinstance(answer, HookContractError):
-                answers.append((plugin, answer))
-        return answers
+                    continue
+            else:
+                asked = self._ask(implementation, check, arguments, deadline_s)
+                answer = None if isinstance(asked, HookContractError) else asked
+            if answer is not None:
+                yield plugin, answer
 
-    def asks(self, hook: str) -> bool:
-        """Return whether anybody implements ``hook``: arguments nobody reads need no making."""
-        return bool(self._implementations.get(hook))
+    def asks(self, hook: str, *, without: Collection[str] = ()) -> bool:
+        """Return whether anybody is asked by ``hook``: arguments nobody reads need no making."""
+        return any(each.plugin not in without for each in self._implementations.get(hook, ()))
 
     def tell(
         self, hook: str, arguments: Mapping[str, object], *, deadline_s: float | None = None
@@ -200,19 +210,15 @@ class HookCalls:
         plugin, thread = implementation.plugin, implementation.thread
         if plugin in self._off:
             return None
-        given = [arguments[name] for name in implementation.arguments]
         started_s = time.perf_counter() if self._trace is not None else 0.0
         answer: T | HookContractError | None
         try:
             if thread is None:
-                answer = _checked(implementation.function, given, check)
+                answer = _checked(implementation, arguments, check)
             else:
-                function = implementation.function
-                answer = thread.call(lambda: _checked(function, given, check), deadline_s)
+                answer = thread.call(lambda: _checked(implementation, arguments, check), deadline_s)
                 if self._overruns[plugin]:
                     self._forgive(plugin)
-        except NonsenseError as exc:
-            answer = self._failed(implementation, "nonsense", str(exc))
         except RaisedError as exc:
             answer = self._raised(implementation, exc.cause)
         except OverranError as exc:
@@ -224,7 +230,7 @@ class HookCalls:
             answer = self._raised(implementation, exc)
         if self._trace is not None:
             took_us = (time.perf_counter() - started_s) * 1e6
-            self._trace(_trace_line(implementation, given, answer, took_us))
+            self._trace(_trace_line(implementation, arguments, answer, took_us))
         return answer
 
     def _raised(self, implementation: Implementation, cause: BaseException) -> HookContractError:
@@ -268,13 +274,21 @@ class HookCalls:
                 self._overruns[plugin] = max(0, self._overruns[plugin] - 1)
 
 
+def _taker(names: tuple[str, ...]) -> Callable[[Mapping[str, object]], tuple[object, ...]]:
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda arguments: tuple(arguments[name] for name in names)
+
+
 def _checked(
-    function: Callable[..., object], given: Sequence[object], check: Callable[[object], T]
+    implementation: Implementation,
+    arguments: Mapping[str, object],
+    check: Callable[[object], T],
 ) -> T | None:
-    value = function(*given)
+    value = implementation.function(*implementation.take(arguments))
     if value is None:
         return None
-    if isinstance(value, CoroutineType):
+    if type(value) is CoroutineType:
         value.close()
         raise NonsenseError("answered a coroutine; hooks are synchronous")
     return check(value)
@@ -293,11 +307,14 @@ def _brief(value: object, limit: int = 200) -> str:
 
 
 def _trace_line(
-    implementation: Implementation, given: Sequence[object], answer: object, took_us: float
+    implementation: Implementation,
+    arguments: Mapping[str, object],
+    answer: object,
+    took_us: float,
 ) -> str:
-    pairs = zip(implementation.arguments, given, strict=True)
-    arguments = ", ".join(f"{name}={_brief(value, 80)}" for name, value in pairs)
+    names = implementation.arguments
+    given = ", ".join(f"{name}={_brief(arguments[name], 80)}" for name in names)
     return (
-        f"{implementation.hook}({arguments}) by {implementation.plugin} "
+        f"{implementation.hook}({given}) by {implementation.plugin} "
         f"-> {_brief(answer)} in {took_us:.0f} us"
     )

@@ -77,8 +77,8 @@ class WorkerLoad:
         prompt_tokens: Their prompt tokens that are still being read (prefill work queued).
         failures: Consecutive failures; 0 after a success.
         healthy: False while the gateway keeps new traffic away from it.
-        output_tokens: Output tokens still expected of them: their bounds, and
-            ``gateway.fleet.EXPECTED_OUTPUT_TOKENS`` for a request without one.
+        output_tokens: Output tokens still expected of them: their bounds within reason, and a
+            usual answer's for a request without one (``scheduling.prediction.expected_output``).
         kv_tokens: Tokens of KV that they hold or will: their prompts and expected outputs.
         prefills: Prompts that are being read.
         kv_usage: Share of its KV cache in use as its engine says, 0 to 1, or None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 
 import pytest
@@ -92,3 +93,22 @@ def test_the_first_answer_is_not_that_of_a_plugin_left_out():
     assert calls.first("hook", str, {}) == ("a", "a")
     assert calls.first("hook", str, {}, without={"a"}) == ("b", "b")
     assert calls.first("hook", str, {}, without={"a", "b"}) is None
+
+
+@pytest.mark.parametrize("ask_how", ["first", "every"])
+def test_a_coroutine_that_a_trusted_plugin_answers_is_closed(ask_how):
+    answered = []
+
+    async def wrong():
+        """Never runs."""
+
+    def hook():
+        answered.append(wrong())
+        return answered[0]
+
+    calls = HookCalls(
+        {"hook": [Implementation("mine", "hook", hook, (), None)]}, deadline_s=1, strikes=1
+    )
+    assert not getattr(calls, ask_how)("hook", str, {})
+    assert inspect.getcoroutinestate(answered[0]) == inspect.CORO_CLOSED
+    assert calls.counts == {("mine", "hook", "nonsense"): 1}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from disagg_plugins.gateway.fleet import expected_output
 from disagg_plugins.gateway.worker_state import Work
+from disagg_plugins.scheduling.prediction import expected_output
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -22,13 +22,6 @@ from disagg_plugins.types import Family, FleetIndex, FleetView, Role, Worker, Wo
 if TYPE_CHECKING:
     from disagg_plugins.telemetry.records import RequestRecord
 
-EXPECTED_OUTPUT_TOKENS = 256
-"""Of a request that bounds its answer by nothing but the model: about the mean of chat traffic
-(Azure's conversation trace of 2023: 211; ShareGPT: about 200)."""
-
-MOST_EXPECTED_TOKENS = 4096
-"""A bound may be any number, and most answers end far below a large one."""
-
 LEFT_REMEMBERED = 1024
 """Workers that left whose processes are told from those of a later worker of the same name."""
 
@@ -464,13 +457,6 @@ class FleetState:
             r for r in (Role.PREFILL,) for w in self.workers if w.role.serves(r)
         }
         return {str(role): bool(self.view().serving(role)) for role in sorted(roles)}
-
-
-def expected_output(bound: int | None) -> int:
-    """Return the output tokens to expect of a request with this bound, or with none."""
-    if bound is None:
-        return EXPECTED_OUTPUT_TOKENS
-    return min(max(0, bound), MOST_EXPECTED_TOKENS)
 
 
 def _are_pair(prefill: Worker, decode: Worker) -> bool:

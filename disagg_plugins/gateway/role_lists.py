@@ -62,9 +62,10 @@ class RoleLists:
         """
         old = self._listed.get(worker.name)
         if old is not None and old.order == order and old.worker is worker:
-            self._count(self.room, worker, has_room - old.has_room)
-            self._count(self.tried, worker, trial - old.trial)
-            old.has_room, old.trial = has_room, trial
+            if has_room != old.has_room or trial != old.trial:
+                self._count(self.room, worker, has_room - old.has_room)
+                self._count(self.tried, worker, trial - old.trial)
+                old.has_room, old.trial = has_room, trial
             return
         self.take(worker.name)
         self._listed[worker.name] = _Listed(order, worker, has_room, trial)

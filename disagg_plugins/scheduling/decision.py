@@ -53,6 +53,7 @@ class Scheduler:
         rules = policy.scheduler
         self._hooks = host.scheduler
         self._weights = {**DEFAULT_WEIGHTS, **rules.weights}
+        self._weightless = frozenset(name for name, weight in self._weights.items() if weight == 0)
         self._candidates = rules.candidates
         self._prefills = rules.queue.prefills_per_worker
         self._not_asked = frozenset({*SPLIT_RULES, *PICKERS} - {rules.split.rule, rules.pick})
@@ -84,22 +85,21 @@ class Scheduler:
             )
         split = self._split(profile, fleet, trace)
         if not split.split:
-            whole, problem = self._worker(profile, Role.DECODE, fleet, serves_whole, trace)
+            whole, problem = self._worker(profile, Role.DECODE, fleet, whole_ones, trace)
             if whole is not None:
                 return Decision(Local(whole), split.reason)
             split = self._forced(profile, fleet, split, problem)
         pairs = Pairs(fleet)
-        decode, problem = self._worker(profile, Role.DECODE, fleet, pairs.has_prefill, trace)
+        decode, problem = self._worker(profile, Role.DECODE, fleet, pairs.decodes, trace)
         prefill: Worker | None = None
         if decode is not None:
-            prefill, problem = self._worker(
-                profile, Role.PREFILL, fleet, partial(pairs.fit, decode=decode), trace, other=decode
-            )
+            able = partial(pairs.prefills, decode=decode)
+            prefill, problem = self._worker(profile, Role.PREFILL, fleet, able, trace, other=decode)
         if decode is None or prefill is None:
             taken = self._taken(fleet, pairs, decode)
             problem = f"split is off: {pairs.problem}" if pairs.problem else problem
             if decode is None or not decode.whole:
-                decode, why = self._worker(profile, Role.DECODE, fleet, serves_whole, trace)
+                decode, why = self._worker(profile, Role.DECODE, fleet, whole_ones, trace)
                 problem = problem if pairs.problem or fleet.serving(Role.DECODE) else why
             if decode is None:
                 raise NoCapacityError(problem, retry_after_s=RETRY_NO_WORKER_S, taken=taken)
@@ -144,7 +144,7 @@ class Scheduler:
 
     def queue_score(self, profile: RequestProfile) -> float:
         """Return how urgent a request is that waits for a prefill worker, from 0 to 1."""
-        return self._hooks.score_queue(profile, self._weights)
+        return self._hooks.score_queue(profile, self._weights, without=self._weightless)
 
     @property
     def wants_ends(self) -> bool:
@@ -166,15 +166,15 @@ class Scheduler:
         profile: RequestProfile,
         role: Role,
         fleet: FleetView,
-        able: Callable[[Worker], bool],
+        able: Callable[[Sequence[Worker]], list[Worker]],
         trace: Trace,
         *,
         other: Worker | None = None,
     ) -> tuple[Worker | None, str]:
         """Return the worker for ``role``, or None and why there is none.
 
-        Workers that are not ``able`` are left out. ``other`` holds the other role of this request:
-        among equals it comes last.
+        Only those that ``able`` returns are looked at. ``other`` holds the other role of this
+        request: among equals it comes last.
         """
         serving = fleet.serving(role)
         workers: tuple[Worker, ...] = ()
@@ -186,7 +186,7 @@ class Scheduler:
             if not workers:
                 return None, why
         scored = self._hooks.score_workers(
-            profile, role, workers, fleet, self._weights, trace, other
+            profile, role, workers, fleet, self._weights, trace, other, without=self._weightless
         )
         name = self._hooks.select_worker(profile, role, scored, trace, without=self._not_asked)
         with self._lock:
@@ -201,13 +201,13 @@ class Scheduler:
         profile: RequestProfile,
         role: Role,
         workers: Sequence[Worker],
-        able: Callable[[Worker], bool],
+        able: Callable[[Sequence[Worker]], list[Worker]],
         fleet: FleetView,
         trace: Trace,
         other: Worker | None,
     ) -> tuple[tuple[Worker, ...], str]:
         """Return the workers that are able and left by all filters, or none and why."""
-        candidates = tuple(filter(able, workers))
+        candidates = able(workers)
         if not candidates:
             return (), f"no healthy {role} worker"
         left, left_out_by = self._hooks.filter_workers(
@@ -226,8 +226,11 @@ class Scheduler:
         serving, draw = fleet.serving(role), self._random
         drawn = [serving[int(draw() * len(serving))] for _ in range(self._candidates)]
         found = {worker.name: worker for worker in drawn}
-        for name in self._hooks.nominate_workers(profile, role, fleet, self._weights, trace):
-            worker = fleet.worker(name)
+        nominated = self._hooks.nominate_workers(
+            profile, role, fleet, trace, without=self._weightless
+        )
+        for name in nominated:
+            worker = None if name in found else fleet.worker(name)
             if worker is not None and worker.role.serves(role) and fleet.load(worker).healthy:
                 found[name] = worker
         return list(found.values())
@@ -237,6 +240,8 @@ class Scheduler:
             return next(iter(scored))
         highest = max(scored.values())
         equals = [name for name, score in scored.items() if score >= highest - TIE]
+        if len(equals) == 1:
+            return equals[0]
         return min(equals, key=lambda name: (name == other, self._last_turn.get((role, name), 0)))
 
     def _chosen(self, role: Role, name: str, fleet: FleetView) -> None:
@@ -247,9 +252,9 @@ class Scheduler:
             self._last_turn = {k: v for k, v in self._last_turn.items() if k[1] in present}
 
 
-def serves_whole(worker: Worker) -> bool:
-    """Return whether a worker can serve a request alone."""
-    return worker.whole
+def whole_ones(workers: Sequence[Worker]) -> list[Worker]:
+    """Return the workers that can serve a request alone."""
+    return [worker for worker in workers if worker.whole]
 
 
 class Pairs:
@@ -266,16 +271,20 @@ class Pairs:
 
     def fit(self, prefill: Worker, decode: Worker) -> bool:
         """Return whether these two can share a handoff."""
-        if not self._any:
-            return prefill.handoffs
-        problem = self._fleet.pair_problem(prefill, decode)
+        problem = self._fleet.pair_problem(prefill, decode) if self._any else None
         self.problem = problem or self.problem
         return problem is None and prefill.handoffs
 
-    def has_prefill(self, decode: Worker) -> bool:
-        """Return whether some prefill worker can hand over to ``decode``."""
-        if not decode.handoffs:
-            return False
+    def prefills(self, workers: Sequence[Worker], decode: Worker) -> list[Worker]:
+        """Return the workers that can hand over to ``decode``."""
+        if self._any:
+            return [worker for worker in workers if self.fit(worker, decode)]
+        return [worker for worker in workers if worker.handoffs]
+
+    def decodes(self, workers: Sequence[Worker]) -> list[Worker]:
+        """Return the workers to which some prefill worker can hand over."""
+        able = [worker for worker in workers if worker.handoffs]
         if not self._any:
-            return True
-        return any(self.fit(p, decode) for p in self._fleet.serving(Role.PREFILL))
+            return able
+        serving = self._fleet.serving(Role.PREFILL)
+        return [worker for worker in able if any(self.fit(p, worker) for p in serving)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from operator import is_
 from types import MappingProxyType
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from disagg_plugins.hook_calls import HookCalls, NonsenseError
 from disagg_plugins.scheduling.trace import CORE, Answers, Trace
@@ -71,17 +71,16 @@ class SchedulerHooks:
         profile: RequestProfile,
         role: Role,
         fleet: FleetView,
-        weights: Mapping[str, float],
         trace: Trace | None = None,
+        *,
+        without: Collection[str] = (),
     ) -> tuple[str, ...]:
         """Return the names of all nominated workers, each once."""
-        if not self._calls.asks("disagg_nominate_workers"):
-            return ()
         answers = self._calls.every(
             "disagg_nominate_workers",
             _names,
             {"profile": profile, "role": role, "fleet": fleet},
-            without=_weightless(weights),
+            without=without,
         )
         _note(trace, "nominate", role, answers)
         return tuple(dict.fromkeys(name for _, names in answers for name in names))
@@ -120,28 +119,35 @@ class SchedulerHooks:
         weights: Mapping[str, float],
         trace: Trace | None = None,
         other: Worker | None = None,
+        *,
+        without: Collection[str] = (),
     ) -> dict[str, float]:
-        """Return each worker's weighted mean score, neutral where nobody has an opinion."""
+        """Return each worker's weighted mean score, neutral where nobody has an opinion.
+
+        Plugins named in ``without`` are not asked: those of weight 0 need not be.
+        """
         totals = {worker.name: 0.0 for worker in workers}
         answers = self._calls.every(
             "disagg_score_workers",
             lambda answer: _scores(answer, totals),
             _about(profile, role, workers, fleet, other),
-            without=_weightless(weights),
+            without=without,
+            trusted=lambda answer: _trusted_scores(answer, totals),
         )
         _note(trace, "score", role, answers)
         common = 0.0  # the weight of plugins with an opinion on every worker, as most have
-        partial = dict.fromkeys(totals, 0.0)
+        partial: dict[str, float] = {}
         for plugin, scores in answers:
             weight = weights.get(plugin, 1.0)
-            whole = len(scores) == len(totals)
-            common += weight if whole else 0.0
             for name, score in scores.items():
                 totals[name] += weight * score
-                if not whole:
-                    partial[name] += weight
+            if len(scores) == len(totals):
+                common += weight
+            else:
+                for name in scores:
+                    partial[name] = partial.get(name, 0.0) + weight
         combined = {
-            name: total / weight if (weight := common + partial[name]) else NEUTRAL_SCORE
+            name: total / weight if (weight := common + partial.get(name, 0.0)) else NEUTRAL_SCORE
             for name, total in totals.items()
         }
         _note(trace, "combined", role, ((CORE, combined),))
@@ -157,7 +163,7 @@ class SchedulerHooks:
         without: Collection[str] = (),
     ) -> str | None:
         """Return the first valid answer, a key of ``scored``, or None."""
-        if not self._calls.asks("disagg_select_worker"):
+        if not self._calls.asks("disagg_select_worker", without=without):
             return None
 
         def check(answer: object) -> str:
@@ -172,10 +178,16 @@ class SchedulerHooks:
         _note(trace, "select", role, (found,))
         return found[1]
 
-    def score_queue(self, profile: RequestProfile, weights: Mapping[str, float]) -> float:
+    def score_queue(
+        self,
+        profile: RequestProfile,
+        weights: Mapping[str, float],
+        *,
+        without: Collection[str] = (),
+    ) -> float:
         """Return how urgent a waiting request is, from 0 to 1."""
         answers = self._calls.every(
-            "disagg_score_queue", _score, {"profile": profile}, without=_weightless(weights)
+            "disagg_score_queue", _score, {"profile": profile}, without=without
         )
         return _mean((weights.get(plugin, 1.0), score) for plugin, score in answers)
 
@@ -251,20 +263,19 @@ def _worker_names(answer: object, allowed: Collection[str]) -> set[str]:
     return names
 
 
-def _are_scores(values: Collection[object]) -> bool:
-    """Return whether all are floats from 0 to 1, found without a loop; False: look at each."""
-    if set(map(type, values)) != {float}:
-        return False
-    floats = cast("Collection[float]", values)
-    total = sum(floats)
-    return total == total and min(floats) >= 0.0 and max(floats) <= 1.0  # NaN is not itself
+def _trusted_scores(answer: object, allowed: Mapping[str, float]) -> dict[str, float]:
+    """Return what a plugin of this project scored; its tests see to it that each is 0 to 1.
+
+    Looking at every score of a dozen answers would cost a decision more than making them.
+    """
+    if type(answer) is dict and answer.keys() <= allowed.keys():
+        return answer
+    return _scores(answer, allowed)
 
 
 def _scores(answer: object, allowed: Mapping[str, float]) -> dict[str, float]:
     if not isinstance(answer, Mapping):
         raise NonsenseError(f"answered {type(answer).__name__}, not a mapping of scores")
-    if type(answer) is dict and _are_scores(answer.values()) and answer.keys() <= allowed.keys():
-        return answer
     scores = {}
     for name, value in answer.items():
         if name not in allowed:
@@ -283,10 +294,6 @@ def _score(value: object) -> float:
     if not 0.0 <= score <= 1.0:  # also refuses NaN
         raise NonsenseError(f"scored {score!r}, outside 0 to 1")
     return score
-
-
-def _weightless(weights: Mapping[str, float]) -> tuple[str, ...]:
-    return tuple(plugin for plugin, weight in weights.items() if weight == 0)
 
 
 def _mean(weighted: Iterable[tuple[float, float]]) -> float:

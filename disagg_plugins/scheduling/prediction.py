@@ -17,7 +17,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from disagg_plugins.scheduling.regression import FORGETTING, Regression
 
@@ -229,6 +229,24 @@ class Model:
                 self._of[phase].seed(regression.coefficients)
 
 
+class Fits(NamedTuple):
+    """What the times of one worker are predicted from; None where nothing is known.
+
+    Attributes:
+        worker: As it was when these were looked for.
+        prefill: Of reading.
+        decode: Of a step.
+        handoff: Of taking over.
+        own: What was learnt of the worker itself.
+    """
+
+    worker: Worker
+    prefill: Regression | None
+    decode: Regression | None
+    handoff: Regression | None
+    own: Model | None
+
+
 class Predictor:
     """Predicts times of workers from what was observed of them.
 
@@ -248,7 +266,7 @@ class Predictor:
         self._turn = 0
         self._kinds: dict[str, Kind] = {}
         self._of_kind: OrderedDict[Kind, Model] = OrderedDict()
-        self._fits: dict[tuple[str, Phase], Regression | None] = {}  # answers of ``regression``
+        self._fits: dict[str, Fits] = {}  # answers of ``fits``, of workers in ``_kinds``
         self._of_worker: OrderedDict[str, Model] = OrderedDict()
 
     def know(self, worker: Worker) -> None:
@@ -258,11 +276,13 @@ class Predictor:
         if before == kind:
             return
         if before is None and len(self._kinds) >= 2 * MAX_WORKERS:
-            self._kinds.pop(next(iter(self._kinds)))
+            oldest = next(iter(self._kinds))
+            del self._kinds[oldest]
+            self._fits.pop(oldest, None)
         if before is not None:  # another worker under an old name
             self._of_worker.pop(name, None)
+            self._fits.pop(name, None)
         self._kinds[name] = kind
-        self._fits.clear()
 
     def seed_kind(self, kind: Kind, phase: Phase, coefficients: Sequence[float]) -> None:
         """Start a kind of worker from coefficients, unless it has observations of its own."""
@@ -298,17 +318,27 @@ class Predictor:
 
     def learn(self, seen: Observation) -> None:
         """Take one observation, for its worker and for the worker's kind."""
-        self._fits.clear()
+        common = self._kind_model(self._kinds.get(seen.worker, ("", "")))
+        if common[seen.phase].known:
+            self._fits.pop(seen.worker, None)
+        else:
+            self._fits.clear()  # of this kind nothing could be predicted yet
         self._worker_model(seen.worker).observe(seen)
-        self._kind_model(self._kinds.get(seen.worker, ("", ""))).observe(seen)
+        common.observe(seen)
 
-    def regression(self, worker: Worker, phase: Phase) -> Regression | None:
-        """Return the fit that a prediction would come from, or None where nothing is known."""
-        key = worker.name, phase
-        if key not in self._fits:
+    def fits(self, worker: Worker) -> Fits:
+        """Return the fits that predictions for a worker come from."""
+        fits = self._fits.get(worker.name)
+        if fits is None or fits.worker is not worker:
             self.know(worker)  # it may have joined while the gateway runs
-            self._fits[key] = self._fit(worker, phase)
-        return self._fits[key]
+            fits = self._fits[worker.name] = Fits(
+                worker,
+                self._fit(worker, "prefill"),
+                self._fit(worker, "decode"),
+                self._fit(worker, "handoff"),
+                self._of_worker.get(worker.name),
+            )
+        return fits
 
     def _fit(self, worker: Worker, phase: Phase) -> Regression | None:
         own = self._of_worker.get(worker.name)
@@ -329,27 +359,35 @@ class Predictor:
             load: Its load, without this request.
             tokens: Prompt tokens that its cache lacks.
         """
-        fit = self.regression(worker, "prefill")
+        fit = self.fits(worker).prefill
         if fit is None:
             return None
-        return fit.predict(prefill_features(tokens, load.prompt_tokens, load.requests))
+        # as fit.predict(prefill_features(...)); a decision predicts a dozen times
+        base_s, token_s, squared_s, queued_s, running_s = fit.coefficients
+        read_s = base_s + token_s * tokens + squared_s * (tokens * tokens)
+        return read_s + queued_s * load.prompt_tokens + running_s * load.requests
 
     def step_s(self, worker: Worker, load: WorkerLoad, tokens: float) -> float | None:
         """Return the TPOT of one more request with so many tokens of KV, in seconds.
 
         The prompts that were read there of late are expected to go on.
         """
-        fit = self.regression(worker, "decode")
-        if fit is None:
+        fits = self.fits(worker)
+        if fits.decode is None:
             return None
-        own = self._of_worker.get(worker.name)
-        reading = 0.0 if own is None else own.reading
-        return fit.predict(decode_features(load.requests + 1, load.kv_tokens + tokens, reading))
+        # as predict(decode_features(...))
+        base_s, request_s, kv_s, read_s = fits.decode.coefficients
+        reading = 0.0 if fits.own is None else fits.own.reading
+        step_s = base_s + request_s * (load.requests + 1) + kv_s * (load.kv_tokens + tokens)
+        return step_s + read_s * reading
 
     def handoff_s(self, decode: Worker, tokens: float) -> float | None:
         """Return the time from the end of reading to the first token elsewhere, in seconds."""
-        fit = self.regression(decode, "handoff")
-        return None if fit is None else fit.predict((1.0, tokens))
+        fit = self.fits(decode).handoff
+        if fit is None:
+            return None
+        base_s, token_s = fit.coefficients
+        return base_s + token_s * tokens
 
     def delay_s(self, worker: Worker, tokens: float) -> float:
         """Return by how much reading a prompt delays each answer that is written there, in seconds.
@@ -357,13 +395,13 @@ class Predictor:
         Measured where answers were disturbed; else the time of the reading itself: a step that
         also reads takes about as much longer.
         """
-        steps = self.regression(worker, "decode")
-        if steps is not None and steps.coefficients[3] > 0.0:
-            return steps.coefficients[3] * tokens
-        fit = self.regression(worker, "prefill")
-        if fit is None:
+        fits = self.fits(worker)
+        if fits.decode is not None and fits.decode.coefficients[3] > 0.0:
+            return fits.decode.coefficients[3] * tokens
+        if fits.prefill is None:
             return 0.0
-        return fit.predict((0.0, tokens, tokens * tokens, 0.0, 0.0))
+        _, token_s, squared_s, _, _ = fits.prefill.coefficients
+        return token_s * tokens + squared_s * (tokens * tokens)
 
     def _worker_model(self, name: str) -> Model:
         model = self._of_worker.get(name)
@@ -373,7 +411,8 @@ class Predictor:
             if common is not None:
                 model.start_from(common)
             if len(self._of_worker) > MAX_WORKERS:
-                self._of_worker.popitem(last=False)
+                gone, _ = self._of_worker.popitem(last=False)
+                self._fits.pop(gone, None)
         else:
             self._of_worker.move_to_end(name)
         return model
@@ -384,6 +423,7 @@ class Predictor:
             model = self._of_kind[kind] = Model(forgetting=self._forgetting)
             if len(self._of_kind) > MAX_KINDS:
                 self._of_kind.popitem(last=False)
+                self._fits.clear()
         return model
 
 

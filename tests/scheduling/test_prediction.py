@@ -6,6 +6,8 @@ import random
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from disagg_plugins.scheduling.prediction import (
     MAX_WAITING,
@@ -225,8 +227,10 @@ def test_workers_that_come_and_go_do_not_add_up():
     for i in range(2 * MAX_WORKERS + 10):
         predictor.know(worker(f"w{i}"))
         predictor.learn(Observation("handoff", f"w{i}", (1.0, 10.0), 0.1))
+        predictor.fits(worker(f"w{i}"))
     assert len(predictor._of_worker) <= MAX_WORKERS
     assert len(predictor._kinds) <= 2 * MAX_WORKERS
+    assert len(predictor._fits) <= 2 * MAX_WORKERS
 
 
 @pytest.mark.parametrize(("bound", "tokens"), [(None, 256), (10, 10), (0, 1), (10**9, 4096)])
@@ -250,3 +254,46 @@ def test_a_worker_that_is_known_well_is_followed_by_a_part_of_its_requests():
         predictor.catch_up()
     learnt = predictor._of_worker["d0"].observations
     assert PATIENT_AFTER < learnt < 3 * PATIENT_AFTER
+
+
+COSTS = st.just(0.0) | st.floats(1e-9, 1e-2)
+
+
+@given(
+    st.lists(COSTS, min_size=5, max_size=5),
+    st.lists(COSTS, min_size=4, max_size=4),
+    st.integers(0, 10**6),
+    st.integers(0, 10**6),
+    st.integers(0, 1000),
+)
+def test_predictions_are_the_fits_of_the_features(prefill, decode, tokens, queued, requests):
+    predictor = Predictor()
+    for phase, known in (("prefill", prefill), ("decode", decode), ("handoff", prefill[:2])):
+        predictor.seed_worker("d0", phase, known)
+    load = WorkerLoad(requests, queued, kv_tokens=3 * queued)
+    fits = predictor.fits(D0)
+    expected = {
+        "prefill": fits.prefill.predict(prefill_features(tokens, queued, requests)),
+        "decode": fits.decode.predict(decode_features(requests + 1, 3 * queued + tokens, 0.0)),
+        "handoff": fits.handoff.predict((1.0, tokens)),
+    }
+    assert predictor.prefill_s(D0, load, tokens) == pytest.approx(expected["prefill"], rel=1e-12)
+    assert predictor.step_s(D0, load, tokens) == pytest.approx(expected["decode"], rel=1e-12)
+    assert predictor.handoff_s(D0, tokens) == pytest.approx(expected["handoff"], rel=1e-12)
+
+
+@given(st.lists(st.tuples(st.sampled_from([P0, P1, D0]), st.booleans()), max_size=80))
+def test_what_is_remembered_of_fits_is_what_a_fresh_look_finds(steps):
+    predictor = Predictor()
+    for number, (each, learn) in enumerate(steps):
+        if learn:
+            seen = Observation("prefill", each.name, prefill_features(100.0 + number, 0, 0), 0.1)
+            for _ in range(OWN_AFTER // 3):
+                predictor.learn(seen)
+        remembered = [predictor.fits(w) for w in (P0, P1, D0)]
+        predictor._fits.clear()
+        assert all(
+            mine is fresh
+            for w, fits in zip((P0, P1, D0), remembered, strict=True)
+            for mine, fresh in zip(fits, predictor.fits(w), strict=True)
+        )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from disagg_plugins.scheduling.ring import Ring
-from disagg_plugins.scheduling.session_affinity import SessionAffinity
-from disagg_plugins.types import FleetView, RequestProfile, Role, Worker, WorkerLoad
+from disagg_plugins.scheduling.session_affinity import MAX_PLACES, SessionAffinity
+from disagg_plugins.types import FleetIndex, FleetView, RequestProfile, Role, Worker, WorkerLoad
 
 WORKERS = tuple(Worker(f"w{i}", f"http://127.0.0.1:{i}", "vllm", Role.BOTH) for i in range(1, 9))
 
@@ -70,3 +73,35 @@ def test_a_session_whose_worker_may_not_take_it_is_no_opinion():
 
 def test_nobody_is_found_on_an_empty_ring():
     assert list(Ring(()).walk("s")) == []
+
+
+@st.composite
+def changes(draw):
+    """Sick workers, one set after the other, with sessions asked about in between."""
+    names = st.sets(st.sampled_from([w.name for w in WORKERS]), max_size=6)
+    return draw(st.lists(names, min_size=1, max_size=5))
+
+
+@given(changes())
+def test_what_is_remembered_is_what_the_ring_says_whoever_falls_ill(sick_sets):
+    plugin = SessionAffinity()
+    for sick in sick_sets:
+        loads = {name: WorkerLoad(healthy=False) for name in sick}
+        ready = tuple(w for w in WORKERS if w.name not in sick)
+        index = FleetIndex(dict.fromkeys(Role, ready), {w.name: w for w in WORKERS}, {})
+        indexed, plain = FleetView(WORKERS, loads, index=index), FleetView(WORKERS, loads)
+        for session in ["s1", "s2", "s1"]:
+            for role in (Role.PREFILL, Role.DECODE):
+                arguments = profile(session), role
+                nominated = plugin.disagg_nominate_workers(*arguments, indexed)
+                assert nominated == SessionAffinity().disagg_nominate_workers(*arguments, plain)
+
+
+def test_places_are_remembered_bounded():
+    plugin = SessionAffinity()
+    index = FleetIndex(dict.fromkeys(Role, WORKERS), {}, {})
+    for n in range(2 * MAX_PLACES + 10):
+        plugin.disagg_nominate_workers(
+            profile(f"s{n}"), Role.DECODE, FleetView(WORKERS, {}, index=index)
+        )
+    assert len(plugin._places[Role.DECODE].of) <= MAX_PLACES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from disagg_plugins.policy import Policy
-from disagg_plugins.scheduling.slo import Choice, Slo
+from disagg_plugins.scheduling.slo import Bounds, Choice, Slo
 from disagg_plugins.types import FleetIndex, FleetView, RequestProfile, Role, Worker, WorkerLoad
 from tests.scheduling import queueing as q
 
@@ -110,6 +110,15 @@ def test_workers_that_cannot_share_a_handoff_are_no_pair():
     assert decision.reason.startswith("not measured yet")
 
 
+def test_another_decode_worker_is_looked_at_where_the_fastest_has_no_partner():
+    slower = Worker("d1", D.url, "vllm", Role.DECODE)
+    fleet = FleetView((P, D, slower), {"d1": BUSY, "d0": BUSY}, {("p0", "d0"): "models differ"})
+    request = RequestProfile("r", "/v1/completions", "m", 4000, **CHAT)
+    decision = slo_rule().disagg_select_split(request, fleet)
+    assert decision.split is True
+    assert decision.reason.startswith("splitting: TTFT")
+
+
 def test_a_request_that_cannot_be_split_stays_whole():
     assert "n > 1" in decide(4000, None, BUSY, unsplittable="n > 1").reason
 
@@ -117,8 +126,8 @@ def test_a_request_that_cannot_be_split_stays_whole():
 def test_what_many_answers_lose_outweighs_what_one_request_gains():
     late = Choice(ttft_s=2.0, step_s=0.03, tpot_s=0.03, disturbed=0, cost_s=1.0)
     harmful = Choice(ttft_s=0.1, step_s=0.03, tpot_s=0.05, disturbed=18, cost_s=1.0)
-    assert late.excess(1.0, 0.04) == pytest.approx(1.0)
-    assert harmful.excess(1.0, 0.04) == pytest.approx(18 * 0.25)
+    assert late.excess(Bounds(1.0, 0.04)) == pytest.approx(1.0)
+    assert harmful.excess(Bounds(1.0, 0.04)) == pytest.approx(18 * 0.25)
 
 
 class Loads(dict):
