@@ -216,6 +216,12 @@ def _fleet_sentences(policy: Policy) -> Iterator[str]:
         f"it rests longer, from {gateway.rest_s:g} to {gateway.rest_max_s:g} s. The last worker of "
         "a role is used though it fails, as long as it answers health probes."
     )
+    if gateway.slow_factor is not None:
+        yield (
+            f"A worker over {gateway.slow_factor:g} times slower than its load explains, beside at "
+            "least two others of its role, engine and label hardware, rests as well: at most a "
+            "third of a role at once, and half of it stays in use."
+        )
     if policy.fleet.watch is not None:
         yield (
             f"More workers stand in {policy.fleet.watch}, which is looked at every "
