@@ -28,8 +28,8 @@ POLL_S = 0.2
 """Between two looks whether a worker has left."""
 
 NOT_LASTING = (
-    "a worker that is added so is gone when the gateway restarts: one that is to last stands in the "
-    "policy, or in the file that fleet.watch names"
+    "a worker that is added so is gone when the gateway restarts: one that is to last stands in "
+    "the policy, or in the file that fleet.watch names"
 )
 """Told to whoever adds a worker."""
 

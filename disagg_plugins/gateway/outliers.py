@@ -142,9 +142,7 @@ class Outliers:
         self._workers: dict[str, _Worker] = {}
         self._groups: dict[Hashable, OrderedDict[str, _Usual]] = {}
 
-    def hear(
-        self, group: Hashable, name: str, answer: Answer, *, began_s: float
-    ) -> Verdict | None:
+    def hear(self, group: Hashable, name: str, answer: Answer, *, began_s: float) -> Verdict | None:
         """Take one answer; return what it says of the worker, where enough is known.
 
         Args:
@@ -214,7 +212,7 @@ class Outliers:
         return Verdict(ratio, count, usual.seconds, len(peers), peers_s, slow, quick)
 
     def _peers(self, group: Hashable, now_s: float) -> list[_Usual]:
-        known = self._groups.get(group, {})
+        known = self._groups.get(group) or OrderedDict[str, _Usual]()
         fresh = (usual for usual in reversed(known.values()) if usual.until_s >= now_s)
         return list(islice(fresh, MOST_PEERS))
 

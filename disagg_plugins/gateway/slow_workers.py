@@ -95,9 +95,7 @@ class SlowWorkers:
             self._told.discard(name)
             state.slow_outs = 0
 
-    def _slow(
-        self, state: WorkerState, outliers: Outliers, verdict: Verdict, now_s: float
-    ) -> None:
+    def _slow(self, state: WorkerState, outliers: Outliers, verdict: Verdict, now_s: float) -> None:
         name, said = state.worker.name, _said(outliers, verdict)
         why = self._must_stay(state)
         if why is not None:

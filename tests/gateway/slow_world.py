@@ -85,9 +85,7 @@ class World:
             Worker(name, f"http://127.0.0.1:{8000 + n}", "vllm", role, 100_000)
             for n, name in enumerate(names)
         )
-        self.fleet = FleetState(
-            described, {"vllm": VllmDialect()}, model=None, unhealthy_after=3
-        )
+        self.fleet = FleetState(described, {"vllm": VllmDialect()}, model=None, unhealthy_after=3)
         for name in names:
             self.fleet.probe_ok(name, ("m",))
         self.slow = SlowWorkers(self.fleet, Metrics(), factor)

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -47,7 +47,7 @@ class Room:
         self.slow = SlowWorkers(self.fleet, self.metrics, 5.0)
         self.now_s = 100.0
 
-    def answers(self, name: str, tpot_s: float, times: int = ENOUGH_ANSWERS, **more: object) -> None:
+    def answers(self, name: str, tpot_s: float, times: int = ENOUGH_ANSWERS, **more: Any) -> None:
         for _ in range(times):
             told = record(decode=name, **{"output_tokens": 20, **more})
             told.tpot_s, told.ttft_s, told.e2e_s = tpot_s, 0.01, 0.01 + 19 * tpot_s
@@ -241,9 +241,7 @@ FOUR = {f"d{n}": "decode" for n in range(4)}
 def ask(stack: Stack, times: int, prompt: str = SHORT, **more: object) -> None:
     """Let eight clients at once get so many right answers."""
     with ThreadPoolExecutor(8) as clients:
-        asked = [
-            clients.submit(stack.complete, prompt, **{**LONGER, **more}) for _ in range(times)
-        ]
+        asked = [clients.submit(stack.complete, prompt, **{**LONGER, **more}) for _ in range(times)]
         answers = [each.result() for each in asked]
     assert all(status == 200 and b"[DONE]" in body for status, body in answers)
 
