@@ -515,6 +515,14 @@ class GatewayPolicy(Section):
         "is probed; twice as long with each relapse.",
     )
     rest_max_s: Seconds = Field(default=60.0, description="The longest such rest.")
+    slow_factor: float | None = Field(
+        default=5.0,
+        gt=1,
+        le=1000,
+        description="A worker so many times slower than its load explains, beside those of its "
+        "role, engine and label `hardware`, rests too, at most a third of a role at once. Unlike "
+        "machines need unlike labels. null: never.",
+    )
 
 
 class PluginPolicy(Section):

@@ -11,9 +11,10 @@ from disagg_plugins.errors import ConfigError
 from disagg_plugins.types import Role
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from disagg_plugins.gateway.dialect import Dialect
     from disagg_plugins.policy import Policy, WorkerPolicy
     from disagg_plugins.yaml_source import KeyPath
 
@@ -98,6 +99,43 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
     models = sorted({w.launch.model for w in workers if w.launch is not None})
     if len(models) > 1:
         yield f"the fleet launches several models ({', '.join(models)}): these cannot share KV"
+
+
+def engine_advice(policy: Policy, dialects: Mapping[str, Dialect]) -> Iterator[str]:
+    """Yield what the engines of the fleet make of it that is likely not meant.
+
+    Args:
+        policy: The policy.
+        dialects: By engine, of the plugins that are installed; what is not known is passed over.
+    """
+    known = [(w, dialects[w.engine]) for w in policy.fleet.workers if w.engine in dialects]
+    for worker, dialect in known:
+        if worker.role_switch and dialect.decode_is_whole:
+            yield (
+                f"role_switch of worker {worker.name} has no effect: a server of {worker.engine} "
+                "does both phases at any time; leave it out, the role both is enough"
+            )
+        elif worker.role_switch and dialect.role_switch(Role.DECODE) is None:
+            yield (
+                f"role_switch of worker {worker.name} cannot work: no server of {worker.engine} "
+                "can be told its role; leave it out"
+            )
+    if policy.fleet.watch is not None or len(known) < len(policy.fleet.workers):
+        return
+    if not any(_serves_whole(worker, dialect) for worker, dialect in known):
+        engines = " and ".join(sorted({w.engine for w, _ in known if w.role.serves(Role.DECODE)}))
+        yield (
+            f"no worker can serve a whole request: decode workers of {engines} only take split "
+            "ones, and what cannot be split is refused; add a worker of role both without "
+            "role_switch"
+        )
+
+
+def _serves_whole(worker: WorkerPolicy, dialect: Dialect) -> bool:
+    """Return whether a worker can read a prompt and write its answer alone (``fleet.as_used``)."""
+    if dialect.decode_is_whole:
+        return worker.role.serves(Role.DECODE)
+    return worker.role is Role.BOTH and not worker.role_switch
 
 
 def can_split(policy: Policy) -> bool:
@@ -216,6 +254,12 @@ def _fleet_sentences(policy: Policy) -> Iterator[str]:
         f"it rests longer, from {gateway.rest_s:g} to {gateway.rest_max_s:g} s. The last worker of "
         "a role is used though it fails, as long as it answers health probes."
     )
+    if gateway.slow_factor is not None:
+        yield (
+            f"A worker over {gateway.slow_factor:g} times slower than its load explains, beside at "
+            "least two others of its role, engine and label hardware, rests as well: at most a "
+            "third of a role at once, and half of it stays in use."
+        )
     if policy.fleet.watch is not None:
         yield (
             f"More workers stand in {policy.fleet.watch}, which is looked at every "

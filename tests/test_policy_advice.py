@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from disagg_plugins.policy import Policy
-from disagg_plugins.policy_advice import advice, can_split, contradictions, explain
+from disagg_plugins.policy_advice import (
+    advice,
+    can_split,
+    contradictions,
+    engine_advice,
+    explain,
+)
+from disagg_sglang.dialect import SglangDialect
+from disagg_vllm.dialect import VllmDialect
 
 P = {"name": "p", "url": "http://127.0.0.1:9001", "role": "prefill"}
 D = {"name": "d", "url": "http://127.0.0.1:9002", "role": "decode"}
@@ -180,3 +188,55 @@ def test_the_queue_and_the_tenants_are_explained():
 def test_ageing_that_never_comes_is_warned_of(warned, order, warns):
     queue = {"order": order, "ageing_s": 5, "max_wait_s": 5}
     assert ("nobody waits long enough" in warned(P, D, scheduler={"queue": queue})) is warns
+
+
+DIALECTS = {"vllm": VllmDialect(), "sglang": SglangDialect()}
+SP, SD, SB = ({**worker, "engine": "sglang"} for worker in (P, D, B))
+
+
+class Rigid(SglangDialect):
+    """An engine whose servers have the role they were started with."""
+
+    def role_switch(self, role):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("workers", "words"),
+    [
+        ([P, D, {**B, "role_switch": True}], "role_switch of worker b has no effect"),
+        ([SP, SD], "no worker can serve a whole request: decode workers of sglang only"),
+        ([P, SD], "no worker can serve a whole request"),
+        ([SP, SD, {**SB, "role_switch": True}], "add a worker of role both without role_switch"),
+        ([P, D], ""),
+        ([SP, SD, SB], ""),
+        ([SP, SD, {**B, "role": "decode"}], ""),
+        ([SP, {**SD, "engine": "unknown"}], ""),
+    ],
+)
+def test_what_engines_make_of_roles_is_warned_of(workers, words):
+    told = "\n".join(engine_advice(policy(*workers), DIALECTS))
+    assert words in told
+    assert bool(words) is bool(told)
+
+
+def test_a_role_switch_that_no_server_understands_is_warned_of():
+    found = list(engine_advice(policy(SP, SD, {**SB, "role_switch": True}), {"sglang": Rigid()}))
+    assert "no server of sglang can be told its role" in found[0]
+
+
+def test_whole_requests_may_go_to_workers_of_a_watched_file():
+    watched = Policy.model_validate({"fleet": {"workers": [SP, SD], "watch": "more.yaml"}})
+    assert list(engine_advice(watched, DIALECTS)) == []
+
+
+def test_slow_workers_are_explained():
+    text = explain(policy(P, D, gateway={"slow_factor": 3}))
+    assert "A worker over 3 times slower than its load explains" in text
+    assert "slower than" not in explain(policy(P, D, gateway={"slow_factor": None}))
+
+
+@pytest.mark.parametrize("factor", [1, 0, -5])
+def test_a_factor_that_makes_every_worker_slow_is_refused(factor):
+    with pytest.raises(ValueError, match="greater than 1"):
+        policy(P, D, gateway={"slow_factor": factor})

@@ -27,6 +27,12 @@ MAX_ANSWER_BYTES = 64 << 20
 POLL_S = 0.2
 """Between two looks whether a worker has left."""
 
+NOT_LASTING = (
+    "a worker that is added so is gone when the gateway restarts: one that is to last stands in "
+    "the policy, or in the file that fleet.watch names"
+)
+"""Told to whoever adds a worker."""
+
 
 class Admin:
     """Speaks with one gateway.
@@ -94,7 +100,8 @@ class FleetCommand:
         """Add the actions."""
         actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
         self._action(actions, "list", "list the workers", _list)
-        add = self._action(actions, "add", "add a worker", _add, worker=True)
+        add = self._action(actions, "add", "add a worker until the gateway ends", _add, worker=True)
+        add.epilog = NOT_LASTING
         add.add_argument("--url", required=True, help="http://host:port of its server")
         add.add_argument("--role", required=True, choices=[str(role) for role in Role])
         add.add_argument("--engine", default=None, help="default: vllm")
@@ -164,6 +171,7 @@ def _add(admin: Admin, args: argparse.Namespace) -> int:
     }
     admin.must("POST", body={key: value for key, value in given.items() if value is not None})
     say(f"worker {args.worker} joined; it takes requests once it answers a health probe")
+    say(NOT_LASTING)
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from disagg_plugins.cli.common import add_policy, read_policy, say, unknown_names
 from disagg_plugins.plugins import PluginHost
+from disagg_plugins.policy_advice import engine_advice, explain
 
 if TYPE_CHECKING:
     import argparse
@@ -36,15 +37,14 @@ class PolicyCommand:
             return 0
         loaded = read_policy(args.policy)
         if args.verb == "explain":
-            from disagg_plugins.policy_advice import explain
-
             print(explain(loaded.policy))
             return 0
         with PluginHost.load(loaded.policy.plugins) as host:
-            unknown = unknown_names(loaded.policy, host)
-        for each in unknown:
+            odd = unknown_names(loaded.policy, host)
+            odd += engine_advice(loaded.policy, host.dialects())
+        for each in odd:
             say(f"warning: {each}")
         workers = loaded.policy.fleet.workers
         roles = ", ".join(f"{w.name} ({w.role.value})" for w in workers)
         print(f"{args.policy}: right; {len(workers)} workers: {roles}")
-        return 1 if args.strict and (loaded.warnings or unknown) else 0
+        return 1 if args.strict and (loaded.warnings or odd) else 0

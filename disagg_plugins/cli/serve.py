@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from disagg_plugins.cli.common import add_policy, read_policy, say, unknown_names
 from disagg_plugins.plugins import PluginHost
+from disagg_plugins.policy_advice import engine_advice
 
 if TYPE_CHECKING:
     import argparse
@@ -55,7 +56,10 @@ def run_gateway(loaded: LoadedPolicy, secret: bytes) -> None:
 
     with PluginHost.load(loaded.policy.plugins) as host:
         host.start(loaded.policy)
-        for each in unknown_names(loaded.policy, host):
+        for each in (
+            *unknown_names(loaded.policy, host),
+            *engine_advice(loaded.policy, host.dialects()),
+        ):
             say(f"warning: {each}")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main(host))

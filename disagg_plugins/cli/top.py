@@ -139,7 +139,7 @@ def _state(worker: Status) -> str:
     if worker.get("draining"):
         return "draining"
     if not worker["healthy"]:
-        return "OUT"
+        return "SLOW" if worker.get("slow") else "OUT"
     return "trial" if worker.get("trial") else "ok"
 
 

@@ -172,6 +172,7 @@ def worker_status(gateway: Gateway, state: WorkerState) -> dict[str, object]:
         "kept": state.kept,
         "trial": state.trial,
         "draining": state.draining,
+        "slow": state.slow,
         "relapses": state.relapses,
         "reason": state.reason,
         "models": list(state.models),

@@ -329,7 +329,7 @@ class Entrance:
             self._ways.begin(pending, decision, max(0.0, now_s - wait.place.since_s))
         except Exception:
             log.exception("request %s could not begin", pending.profile.request_id)
-            self._ways.refuse(pending, _failed())
+            self._tell(pending, _failed())
         return True
 
     def _refuse(self, wait: _Wait, exc: NoCapacityError | RequestError, end: str) -> bool:
@@ -337,8 +337,19 @@ class Entrance:
             return False
         self._over(wait, end)
         self.failed(wait.pending)
-        self._ways.refuse(wait.pending, exc)
+        self._tell(wait.pending, exc)
         return True
+
+    def _tell(self, pending: Pending, exc: NoCapacityError) -> None:
+        """Answer a refusal; when that fails, it must not become the failure of another request.
+
+        It may be the arrival of that one that made room here.
+        """
+        try:
+            self._ways.refuse(pending, exc)
+        except Exception:
+            log.exception("request %s could not be refused", pending.profile.request_id)
+            pending.client.break_off(b"")  # nobody will answer it any more
 
     def _over(self, wait: _Wait, end: str) -> None:
         self._timed.discard(wait)

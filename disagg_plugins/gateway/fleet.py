@@ -304,6 +304,14 @@ class FleetState:
         if not NOT_SICK.fullmatch(kind):
             self._failure(state, kind, detail)
 
+    def slow(self, name: str, detail: str) -> None:
+        """The worker is far slower than its peers: it rests, and comes back on trial."""
+        state = self.states[name]
+        state.last_problem = detail
+        state.out_for_slowness(detail)
+        self._stale.add(name)
+        self._ailing = True
+
     # What probes find
 
     def probe_failed(self, name: str, kind: str, detail: str, *, reachable: bool = False) -> None:

@@ -199,7 +199,7 @@ class Prober:
     async def probe(self, state: WorkerState, seen: _Seen) -> None:
         """Probe one worker once."""
         name = state.worker.name
-        before = (state.healthy, state.reason)
+        before, outs = (state.healthy, state.reason), state.outs
         pool = self._pools[name]
         try:
             models = await self._models(pool)
@@ -208,7 +208,8 @@ class Prober:
                 self._fleet.probe_failed(name, exc.transport, exc.problem)
         else:
             if self._is_here(state) and await self._can_serve(state, seen, pool, models):
-                self._fleet.probe_ok(name, models)
+                if state.outs == outs:  # else it was taken out meanwhile, and rests first
+                    self._fleet.probe_ok(name, models)
         if self._is_here(state) and (state.healthy, state.reason) != before:
             said = "is healthy" if state.healthy else f"is not healthy: {state.reason}"
             log.warning("worker %s %s", name, said)

@@ -57,7 +57,7 @@ def _event(event: object) -> BlockEvent:
     name, fields = _named(event)
     if name == "AllBlocksCleared":
         return AllCleared()
-    hashes = [_hash(h) for h in _list(fields, "block_hashes")]
+    hashes = _hashes(_list(fields, "block_hashes"))
     medium = _text(fields, "medium")
     group = _number(fields, "group_idx") if fields.get("group_idx") is not None else 0
     if name == "BlockRemoved":
@@ -98,6 +98,13 @@ def _named(event: object) -> tuple[str, Mapping[str, object]]:
     if isinstance(event, dict):
         return name, event
     return name, dict(zip(_FIELDS[name], event[1:], strict=False))
+
+
+def _hashes(values: list[int]) -> Sequence[BlockHash]:
+    """Return the names of blocks as they are; a look at each is for those that are not numbers."""
+    if set(map(type, values)) == {int}:
+        return values
+    return [_hash(value) for value in values]
 
 
 def _hash(value: object) -> BlockHash:

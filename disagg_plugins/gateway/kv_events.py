@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from disagg_plugins.errors import RemoteProtocolError
 from disagg_plugins.gateway.kv_event_messages import read_message
-from disagg_plugins.scheduling.kv_blocks import BlockTree
+from disagg_plugins.scheduling.kv_blocks import PART_BLOCKS, BlockTree, cost, parts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 4 << 20
-"""A batch tells of one step of an engine: 16,384 new tokens of 5 bytes and their blocks are less
-than 1 MiB. ZeroMQ drops a peer that sends more."""
+MAX_MESSAGE_BYTES = 1 << 20
+"""A batch tells of one step of an engine: 16,384 new tokens of 5 bytes and their blocks are some
+0.2 MiB. ZeroMQ drops a peer that sends more. Reading this much takes up to 50 ms at once; what it
+says is followed in parts, between which requests have their turn."""
 
 MAX_QUEUED = 1024
 """Messages held by ZeroMQ for each worker: minutes of steps. Beyond it they are lost: a gap."""
@@ -78,7 +79,16 @@ class Listening:
     _told: bool = False
 
     def hear(self, frames: Sequence[bytes]) -> None:
-        """Follow one message; one that cannot be followed clears what is known."""
+        """Follow one message at once; see ``follow``."""
+        for _ in self.follow(frames):
+            pass
+
+    def follow(self, frames: Sequence[bytes]) -> Iterator[None]:
+        """Follow one message, in steps of some 10 ms; one that cannot be followed clears all.
+
+        Yields before each step.
+        """
+        yield
         try:
             number, events = read_message(frames)
         except RemoteProtocolError as exc:
@@ -90,8 +100,13 @@ class Listening:
         self.next = number + 1
         self.batches += 1
         try:
-            for event in events:
-                self.tree.on(event)
+            done = 0
+            for part in (part for event in events for part in parts(event)):
+                done += cost(part)
+                if done > PART_BLOCKS:
+                    yield
+                    done = cost(part)
+                self.tree.on(part)
         except ValueError as exc:
             self.clear(str(exc))
             return
@@ -252,8 +267,8 @@ class KvEvents:
                     await _discard(socket)
                     heard.lost()
                 elif socket in ready:
-                    heard.hear(await socket.recv_multipart())
-                    await asyncio.sleep(0)  # a flood must not keep the loop from its requests
+                    for _ in heard.follow(await socket.recv_multipart()):
+                        await asyncio.sleep(0)  # a flood must not keep the loop from its requests
         finally:
             socket.disable_monitor()
             socket.close(linger=0)

@@ -24,6 +24,7 @@ from disagg_plugins.gateway.openai import CHAT, COMPLETIONS
 from disagg_plugins.gateway.prompts import Prompts
 from disagg_plugins.gateway.refusals import error_body
 from disagg_plugins.gateway.retry_budget import RetryBudget
+from disagg_plugins.gateway.slow_workers import SlowWorkers
 from disagg_plugins.telemetry.ledger import HandoffLedger
 from disagg_plugins.telemetry.metrics import Metrics
 from disagg_plugins.telemetry.records import FailureRecord, RecordView
@@ -81,6 +82,7 @@ class Gateway:
             model=policy.model,
             unhealthy_after=policy.gateway.unhealthy_after,
         )
+        self.slow = SlowWorkers(self.fleet, self.metrics, policy.gateway.slow_factor)
         self._tasks = tasks
         self._helpers: set[asyncio.Task[None]] = set()
         self._lasting: list[asyncio.Task[None]] = []
@@ -151,6 +153,7 @@ class Gateway:
     def _worker_gone(self, name: str) -> None:
         """A worker left the fleet: nothing is kept of it."""
         self.metrics.forget("disagg_failures", 0, name)
+        self.slow.gone(name)
         self.prompts.left(name)
         self.read_tokens.pop(name, None)
 
@@ -313,6 +316,7 @@ class Gateway:
         try:
             times.fill(record, self.metrics, now_s)
             self.rebalancer.ended(now_s, record)
+            self.slow.ended(now_s, record)
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))

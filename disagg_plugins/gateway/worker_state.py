@@ -40,6 +40,8 @@ class WorkerState:
         outs: How often it was taken out.
         relapses: How often in a row it was taken out soon after it had come back.
         steady: Requests served since it came back.
+        slow: It was taken out because it is far slower than its peers.
+        slow_outs: How often in a row that was so; forgotten once it is as quick as they are.
         signs: Signs of life that its engine gave: prompts read, answers begun or ended.
         role_known: Whether its server is known to be in the role of ``worker``; matters for
             servers whose role is switched.
@@ -72,6 +74,8 @@ class WorkerState:
     outs: int = 0
     relapses: int = 0
     steady: int = 0
+    slow: bool = False
+    slow_outs: int = 0
     signs: int = 0
     role_known: bool = True
     switching: bool = False
@@ -108,6 +112,8 @@ class WorkerState:
         self.signs += 1
         self.failures = 0
         self.trial = False
+        if not self.healthy:  # begun before it went out: says nothing of how it comes back
+            return
         self.steady += 1
         if self.steady >= STEADY_SUCCESSES:
             self.relapses = 0
@@ -124,8 +130,18 @@ class WorkerState:
             if self.outs and self.steady < STEADY_SUCCESSES:
                 self.relapses = min(MAX_RELAPSES, self.relapses + 1)
             self.outs += 1
-        self.healthy = self.trial = False
+        self.healthy = self.trial = self.slow = False
         self.reason = reason
+
+    def out_for_slowness(self, reason: str) -> None:
+        """Take it out because it is slow: it rests from the first time on.
+
+        Its probes go well, so that nothing else would keep it out.
+        """
+        self.out(reason)
+        self.slow = True
+        self.slow_outs = min(MAX_RELAPSES, self.slow_outs + 1)
+        self.relapses = max(self.relapses, self.slow_outs)
 
     def back(self) -> None:
         """A probe says that it can serve."""
@@ -133,6 +149,7 @@ class WorkerState:
             self.trial = True
             self.steady = 0
         self.healthy = self.reachable = True
+        self.slow = False
         self.reason = ""
         self.failures = 0
 

@@ -16,8 +16,8 @@ Rules:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from disagg_plugins.scheduling.prefix_hashes import PIECE_BYTES, PIECE_TOKENS, token_bytes
@@ -79,6 +79,36 @@ class AllCleared:
 
 
 BlockEvent = BlocksStored | BlocksRemoved | AllCleared
+
+PART_BLOCKS = 1024
+"""Blocks that are followed at a time: some 10 ms. A step of an engine stores far fewer."""
+
+
+def cost(event: BlockEvent) -> int:
+    """Return how much there is to do, in blocks; the tokens of large blocks count too."""
+    if isinstance(event, AllCleared):
+        return 1
+    tokens = len(event.token_ids) if isinstance(event, BlocksStored) else 0
+    return 1 + len(event.hashes) + tokens // PIECE_TOKENS
+
+
+def parts(event: BlockEvent) -> Iterator[BlockEvent]:
+    """Yield smaller events that say the same in the same order."""
+    if isinstance(event, AllCleared) or len(event.hashes) <= PART_BLOCKS:
+        yield event
+        return
+    size = event.block_tokens if isinstance(event, BlocksStored) else 0
+    if isinstance(event, BlocksStored) and len(event.token_ids) != len(event.hashes) * size:
+        yield event  # contradicts itself, and is refused as it came
+        return
+    for begin in range(0, len(event.hashes), PART_BLOCKS):
+        end = begin + PART_BLOCKS
+        part = replace(event, hashes=event.hashes[begin:end])
+        if isinstance(part, BlocksStored):
+            parent = event.hashes[begin - 1] if begin else part.parent
+            ids = part.token_ids[begin * size : end * size]
+            part = replace(part, parent=parent, token_ids=ids)
+        yield part
 
 
 @dataclass(slots=True)
@@ -213,12 +243,11 @@ class BlockTree:
         return last_piece, b"".join(reversed(parts))
 
     def _continued(self, last_piece: str, tail: bytes) -> tuple[str, bytes, tuple[str, ...]]:
-        pieces = []
-        while len(tail) >= PIECE_BYTES:
-            last_piece = self._hasher.chain(last_piece, tail[:PIECE_BYTES])
+        pieces, whole = [], len(tail) - len(tail) % PIECE_BYTES
+        for begin in range(0, whole, PIECE_BYTES):
+            last_piece = self._hasher.chain(last_piece, tail[begin : begin + PIECE_BYTES])
             pieces.append(last_piece)
-            tail = tail[PIECE_BYTES:]
-        return last_piece, tail, tuple(pieces)
+        return last_piece, tail[whole:], tuple(pieces)
 
     def _add(self, key: BlockKey, block: _Block) -> bool:
         if self.full:

@@ -33,6 +33,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "disagg_kv_bytes": ("KV bytes moved, by transport.", ("transport",)),
     "disagg_failures": ("Failed calls to workers.", ("worker", "side", "kind")),
     "disagg_hedges": ("Second calls for an answer, by how they ended.", ("end",)),
+    "disagg_slow_outs": (
+        "Workers taken out because they were far slower than their peers.",
+        ("worker", "measure"),
+    ),
     "disagg_resumed": ("Streams that went on with another decode worker.", ()),
     "disagg_retries_refused": ("Retries that the budget did not allow.", ()),
     "disagg_retries": ("Decode calls beyond the first of a request.", ()),

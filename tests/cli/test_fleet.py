@@ -53,6 +53,7 @@ def test_a_worker_is_added_drained_and_removed(run: Run, stack: Stack) -> None:
         given = ("d1", "--url", engine.url, "--role", "decode", "--capacity", "5")
         code, text = run("add", *given, "--label", "zone=a")
         assert (code, "worker d1 joined" in text) == (0, True)
+        assert "gone when the gateway restarts" in text
         stack.wait_healthy("d1")
         worker = stack.gateway.fleet.states["d1"].worker
         assert (worker.capacity, worker.labels) == (5, {"zone": "a"})

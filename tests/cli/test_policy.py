@@ -68,3 +68,16 @@ def test_names_that_no_plugin_offers_are_told_and_fail_a_strict_check(
     assert "handoff.transports names the transport 'shmm'" in done.stderr
     assert "plugins.settings names the plugin 'keep-whle'" in done.stderr
     assert disagg("policy", "check", "--strict", path, env=SECRET).returncode == 1
+
+
+def test_what_an_engine_makes_of_a_role_is_told_and_fails_a_strict_check(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = write_policy()
+    policy = yaml.safe_load(path.read_text())
+    policy["fleet"]["workers"][0].update(role="both", role_switch=True)
+    path.write_text(yaml.safe_dump(policy))
+    done = disagg("policy", "check", path, env=SECRET)
+    assert done.returncode == 0
+    assert "role_switch of worker p0 has no effect" in done.stderr
+    assert disagg("policy", "check", "--strict", path, env=SECRET).returncode == 1

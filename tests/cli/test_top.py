@@ -53,6 +53,13 @@ def test_what_is_wrong_stands_below() -> None:
     ]
 
 
+def test_a_worker_that_rests_for_slowness_is_told_apart_with_its_figures() -> None:
+    resting = worker("d0", healthy=False, slow=True, reason="slow: its TPOT of 0.2 s is too long")
+    told = list(table(Look(status(resting), 1.0)))
+    assert "SLOW" in told[4]
+    assert told[-1] == "d0: slow: its TPOT of 0.2 s is too long"
+
+
 def test_kv_is_told_by_the_engine_else_by_its_room_else_in_tokens() -> None:
     rows = [worker("a", kv_usage=0.25), worker("b", kv_room_tokens=1000), worker("c")]
     told = list(table(Look(status(*rows), 1.0)))

@@ -34,6 +34,10 @@ class Client:
     """A client that knows who answers it."""
 
     by: Any = None
+    broken_off = False
+
+    def break_off(self, last: bytes) -> None:
+        self.broken_off = True
 
     def answering(self, by: object) -> None:
         self.by = by
@@ -47,16 +51,22 @@ class Door:
         self.begun: list[tuple[str, Decision]] = []
         self.refused: list[tuple[str, int, str]] = []
         self.begin: Callable[[Pending, Decision, float], None] = self._begin
+        self.refuse: Callable[[Pending, NoCapacityError], None] = self._refuse
+        self.deciding = ""
         ways = Ways(
-            lambda explanation, body: self.says(),
+            self._decide,
             lambda *args: self.begin(*args),
-            self._refuse,
+            lambda *args: self.refuse(*args),
             lambda profile: 0.5,
             lambda: FleetView((P, D), {}),
             lambda: None,
         )
         policy = {"tenants": {"*": {"max_requests": 2}}, **rules}
         self.entrance = Entrance(SchedulerPolicy.model_validate(policy), Metrics(), ways)
+
+    def _decide(self, explanation: Explanation, body: object) -> Decision:
+        self.deciding = explanation.profile.request_id
+        return self.says()
 
     def _begin(self, pending: Pending, decision: Decision, queue_s: float) -> None:
         self.begun.append((pending.profile.request_id, decision))
@@ -156,6 +166,25 @@ def test_a_request_that_the_gateway_fails_at_is_answered_and_the_next_one_served
     assert [name for name, _ in door.begun] == ["b"]
     assert len(door.entrance) == 0
     assert door.inside() == 1
+
+
+@pytest.mark.parametrize("whose", ["a", "b"])
+def test_a_refusal_that_fails_gives_a_place_back_exactly_once(whose: str) -> None:
+    def decide() -> Decision:
+        if door.deciding == whose and len(door.entrance) == 2:
+            raise NoCapacityError("never", retry_after_s=1.0, status=400)
+        return SPLIT if door.deciding == "b" else TAKEN
+
+    def fails(pending: Pending, exc: NoCapacityError) -> None:
+        raise RuntimeError("the answer could not be made")
+
+    door = Door()
+    clients = {"a": door.admit("a")[1]}
+    door.says, door.refuse = decide, fails
+    decision, clients["b"] = door.admit("b")
+    assert decision is None, "it waited, and is refused or begun by itself"
+    assert clients[whose].broken_off, "it is not left without an end"
+    assert (len(door.entrance) + len(door.begun), door.inside()) == (1, 1)
 
 
 def test_after_the_close_nobody_waits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,6 +17,9 @@ from disagg_plugins.testing.fake_engine import Behaviour
 from disagg_plugins.types import Role, Worker
 from tests.gateway.harness import SHORT, Stack, eventually
 from tests.gateway.test_rendezvous import DependentDialect, RoomPlugin
+
+if TYPE_CHECKING:
+    from disagg_plugins.gateway.pool import WorkerPool
 
 Build = Callable[..., Stack]
 PROBING = {
@@ -107,6 +111,27 @@ def test_a_worker_that_comes_back_gets_one_request_at_a_time_until_one_succeeds(
     assert state.trial
     assert [stack.complete(SHORT)[0] for _ in range(4)] == [200] * 4
     assert not state.trial
+
+
+def test_a_probe_that_was_on_its_way_does_not_bring_back_who_went_out_meanwhile(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = build(d0="decode", d1="decode", gateway={"probe_s": 0.05, "rest_s": 40.0})
+    fleet, prober = stack.gateway.fleet, stack.gateway.prober
+    state, asked = fleet.states["d0"], prober._models
+
+    async def goes_out(pool: WorkerPool) -> tuple[str, ...]:
+        models = await asked(pool)
+        if pool.worker.name == "d0" and not state.outs:
+            fleet.slow("d0", "slow")
+        return models
+
+    monkeypatch.setattr(prober, "_models", goes_out)
+    eventually(lambda: state.outs, "d0 was taken out during a probe")
+    signs = stack.engines["d1"].seen.requests
+    assert [stack.complete(SHORT)[0] for _ in range(4)] == [200] * 4
+    assert stack.engines["d1"].seen.requests == signs + 4
+    assert (state.healthy, state.slow) == (False, True)
 
 
 def test_each_relapse_doubles_the_rest_up_to_a_bound() -> None:

@@ -11,7 +11,7 @@ import zmq.asyncio
 
 from disagg_plugins.gateway import kv_events
 from disagg_plugins.gateway.kv_events import KvEvents, Listening
-from disagg_plugins.scheduling.kv_blocks import BlockTree
+from disagg_plugins.scheduling.kv_blocks import PART_BLOCKS, BlockTree
 from disagg_plugins.scheduling.prefix_hashes import PrefixHasher
 from disagg_plugins.scheduling.prefix_index import PrefixIndex
 from tests.gateway.test_kv_event_messages import AllBlocksCleared, BlockRemoved, message, stored
@@ -79,6 +79,26 @@ def test_a_lost_connection_clears_and_is_told_once(heard, index, caplog):
     assert heard.as_dict()["clears"] == 3
 
 
+@pytest.mark.parametrize("events", [1, 3000])
+def test_requests_have_their_turn_while_a_large_message_is_followed(heard, index, events):
+    each = 6000 // events
+    many = [
+        stored(
+            block_hashes=list(range(n * each, (n + 1) * each)),
+            parent_block_hash=n * each - 1 if n else None,
+            token_ids=[7] * (each * 8),
+            block_size=8,
+        )
+        for n in range(events)
+    ]
+    heard.tree = BlockTree("w", index, HASHER, 10_000)
+    sizes = [len(heard.tree) for _ in heard.follow(message(0, *many))]
+    steps = [b - a for a, b in zip(sizes, [*sizes[1:], len(heard.tree)], strict=True)]
+    assert sum(steps) == 6000
+    assert max(steps) <= PART_BLOCKS
+    assert heard.state == "listening"
+
+
 async def until(condition) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while not condition():  # noqa: ASYNC110  # it changes on this loop, between messages
@@ -119,7 +139,7 @@ async def follow_a_publisher(index) -> None:
         await publisher.send_multipart(message(0, *BLOCKS))
         await until(lambda: claimed(index) == 2)
 
-        await publisher.send_multipart([b"", b"0" * 8, bytes(5 << 20)])
+        await publisher.send_multipart([b"", b"0" * 8, bytes(kv_events.MAX_MESSAGE_BYTES + 1)])
         await until(lambda: heard.state == "waiting")  # too large: the peer is dropped
         assert claimed(index) == 0
     finally:

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg_plugins.scheduling.kv_blocks import AllCleared, BlocksRemoved, BlocksStored, BlockTree
+from disagg_plugins.scheduling.kv_blocks import (
+    PART_BLOCKS,
+    AllCleared,
+    BlocksRemoved,
+    BlocksStored,
+    BlockTree,
+    cost,
+    parts,
+)
 from disagg_plugins.scheduling.prefix_hashes import PrefixHasher
 from disagg_plugins.scheduling.prefix_index import PrefixIndex
 
@@ -175,3 +183,33 @@ def test_of_a_large_block_only_the_last_tokens_are_kept(tree, index):
     assert sum(len(block.tokens) for block in tree._blocks.values()) <= 256
     tree.on(replace(STORED, hashes=[2], parent=1, token_ids=ids[4000:], block_tokens=1000))
     assert dict(index.longest(HASHER.of_ids(ids))) == {"w": 5000 // 64}
+
+
+MANY = BlocksStored(
+    range(1, 3 * PART_BLOCKS), None, [n % 251 for n in range(3, 9 * PART_BLOCKS)], 3
+)
+
+
+@pytest.mark.parametrize("removed", [[1], [PART_BLOCKS, 2 * PART_BLOCKS + 1], range(9, 9000)])
+def test_the_parts_of_an_event_say_what_it_says(removed):
+    trees = [BlockTree("w", PrefixIndex(10_000), HASHER, 10_000) for _ in range(2)]
+    for event in (MANY, BlocksRemoved(removed)):
+        trees[0].on(event)
+        for part in parts(event):
+            assert cost(part) <= 2 * PART_BLOCKS
+            trees[1].on(part)
+        assert trees[0]._blocks == trees[1]._blocks
+        assert trees[0]._index.longest(HASHER.of_ids(MANY.token_ids)) == trees[1]._index.longest(
+            HASHER.of_ids(MANY.token_ids)
+        )
+
+
+@pytest.mark.parametrize(
+    "event", [AllCleared(), STORED, BlocksRemoved([1]), replace(MANY, token_ids=[1, 2])]
+)
+def test_what_is_small_or_contradicts_itself_stays_one_part(event):
+    assert list(parts(event)) == [event]
+
+
+def test_the_tokens_of_large_blocks_cost_as_much_as_blocks():
+    assert cost(BlocksStored([1], None, [0] * 6400, 6400)) == 102
