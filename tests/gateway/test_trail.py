@@ -18,6 +18,10 @@ def event(text: str, ids: list[int], **more: object) -> bytes:
     return b"data: " + json.dumps(plain, separators=(",", ":")).encode() + b"\n\n"
 
 
+def framed(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 def begun() -> Trail:
     trail = Trail()
     trail.take(event("A", [1], prompt_token_ids=[7, 8]))
@@ -85,26 +89,91 @@ EVENTS = st.lists(
 )
 
 
-@given(said=EVENTS)
-def test_short_way_does_what_the_long_way_does(said: list[tuple[str, list[int]]]) -> None:
+ODD = st.sampled_from(
+    [
+        event("é", [5], finish_reason="length"),
+        event("a", [6], delta={"tool_calls": [{"index": 0}]}),
+        event("", [7]),
+        event("q", []),
+        event("B", [2]) + event("C", [3]),
+        event("B", [2]) + b"data: [DONE]\n\n",
+        event("B", [2]).replace(b"\n", b"\r\n"),
+        event("B", [2]).replace(b"[2]", b"[2,,3]"),
+        event("B", [2]).replace(b"[2]", b"[-2]"),
+        event('","token_ids":[1],"text":"', [1234]),
+        event("x" * 300, [1234]),
+        b'data: {"choices":[],"usage":{"completion_tokens":3}}\n\n',
+        b": still here\n\n",
+    ]
+)
+"""What stands between the events of a stream."""
+
+
+def check_short_way(events: list[bytes]) -> None:
+    """Compare what the short way does with what noting each event by itself does."""
     slow, fast, sent = begun(), begun(), []
 
     def long_way(data: bytes) -> None:
-        sent.append(fast.take(data))
+        sent.append(framed(fast.take(data)))
 
     take = stripping(fast, SseObserver(), lambda _: None, sent.append, long_way)
-    for text, ids in said:
-        data = event(text, ids)
-        take(b"%x\r\n%b\r\n" % (len(data), data))
-        plain = json.loads(slow.take(data)[6:])
-        got = sent[-1]
-        got = got[got.find(b"data: ") :]
-        assert json.loads(got[6:].strip()) == plain
-        assert plain["choices"][0]["token_ids"] is None
+    for data in events:
+        if not take(framed(data)):
+            long_way(data)
+        expected = slow.take(data).replace(b"\r\n", b"\n").strip()
+        line, got = sent[-1].split(b"\r\n", 1)
+        assert got.endswith(b"\r\n")
+        assert int(line, 16) == len(got) - 2
+        assert b'"token_ids":[' not in got
+        got = got.replace(b"\r\n", b"\n").strip()
+        for one, other in zip(got.split(b"\n\n"), expected.split(b"\n\n"), strict=True):
+            if one.startswith(b"data: {"):
+                assert json.loads(one[6:]) == json.loads(other[6:])
+            else:
+                assert one == other
     assert fast.problem() == slow.problem()
     assert fast.ids.tolist() == slow.ids.tolist()
+    if fast.why_not is not None:
+        return
     assert (fast.sure, fast.cut()) == (slow.sure, slow.cut())
     assert fast.ids.tolist() == slow.ids.tolist()
+
+
+@given(said=EVENTS)
+def test_short_way_does_what_the_long_way_does(said: list[tuple[str, list[int]]]) -> None:
+    check_short_way([event(text, ids) for text, ids in said])
+
+
+ONE = st.builds(
+    event, st.text('aé\\"', max_size=3), st.lists(st.integers(0, 70_000), min_size=1, max_size=1)
+)
+
+
+@given(events=st.lists(st.one_of(ONE, ONE, ONE, ODD), max_size=40))
+def test_odd_events_between_usual_ones_are_seen(events: list[bytes]) -> None:
+    check_short_way(events)
+
+
+def test_usual_chunk_is_compared_with_the_form_of_those_before_it() -> None:
+    """The form is learnt from an engine's own events; what differs from it goes the long way."""
+    trail, sse, sent = begun(), SseObserver(), []
+    take = stripping(trail, sse, lambda _: None, sent.append, sent.append)
+    for number in range(10, 20):
+        assert take(framed(event("B", [number])))
+    assert len(sse.recent) == 1  # nothing of the later ones was worth keeping
+    assert trail.problem() is None
+    assert (trail.sure, trail.ids.tolist()) == (11, [1, *range(10, 20)])
+    assert take(framed(event("", [20], finish_reason="stop")))
+    assert sse.end().finish == "stop"
+    assert trail.sure == 11
+
+
+def test_read_that_is_no_chunk_is_left_to_the_parser() -> None:
+    take = stripping(begun(), SseObserver(), lambda _: None, list, list)
+    data = framed(event("B", [12345]))
+    for wrong in (data[1:], data[:-1], data + data, data + b"0\r\n\r\n", b"f" + data):
+        assert not take(wrong)
+    assert take(data)
 
 
 def test_chunk_keeps_its_length_on_the_short_way() -> None:
