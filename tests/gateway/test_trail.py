@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_plugins.gateway.chunks import stripping
 from disagg_plugins.gateway.sse import SseObserver
-from disagg_plugins.gateway.trail import Resumed, Trail
+from disagg_plugins.gateway.trail import UNREADABLE, Resumed, Trail
+
+Decode = Callable[[bytes], object]
 
 
 def event(text: str, ids: list[int], **more: object) -> bytes:
@@ -184,3 +189,70 @@ def test_chunk_keeps_its_length_on_the_short_way() -> None:
     take(chunk)
     assert len(sent[0]) == len(chunk)
     assert b'"token_ids":null   }' in sent[0]
+
+
+def raw(ids: bytes, text: str = "B") -> bytes:
+    return event(text, [77]).replace(b"[77]", ids)
+
+
+@pytest.mark.parametrize(
+    "ids", [b"[1,,2]", b"[,]", b"[x]", b"[-1]", b"[1.5]", b"[1e3]", b"[123456789012345678901]",
+            b"[1 2]", b'["5"]', b"[[1]]", b"[null]", b"[1", b"[" + b"9" * 5000 + b"]"],
+)  # fmt: skip
+@pytest.mark.parametrize("short", [True, False])
+def test_ids_that_are_none_only_end_the_noting(ids: bytes, short: bool) -> None:
+    trail, sent = begun(), []
+    take = stripping(
+        trail, SseObserver(), lambda _: None, sent.append, lambda d: sent.append(trail.take(d))
+    )
+    for data in (event("A", [10]), raw(ids), event("C", [11])):
+        if short:
+            assert take(framed(data))
+        else:
+            sent.append(trail.take(data))
+    assert len(sent) == 3
+    assert trail.problem() == UNREADABLE
+    assert trail.cut() is not None
+
+
+def test_prompt_ids_that_are_none_only_end_the_noting() -> None:
+    for ids in (b"[1,,2]", b"[x]", b"[-1]", b"[" + b"9" * 30 + b"]"):
+        trail = Trail()
+        out = trail.take(event("A", [1], prompt_token_ids=[77]).replace(b"[77]", ids))
+        assert json.loads(out[6:])["choices"][0]["prompt_token_ids"] is None
+        assert trail.problem() == UNREADABLE
+
+
+def test_empty_list_of_ids_holds_text_back_like_a_bundle() -> None:
+    trail = begun()
+    trail.take(event("B", []))
+    assert trail.problem() is None
+    assert (trail.cut(), trail.ids.tolist()) == ("B", [1])
+
+
+@pytest.mark.parametrize("ids", [["x"], [-1], [1 << 70], [True], [1.5], [None]])
+def test_next_workers_ids_that_are_none_only_end_the_noting(ids: list[object]) -> None:
+    trail = begun()
+    trail.cut()
+    resumed = Resumed(trail, "")
+    out = resumed.take(event("B", ids))  # type: ignore[arg-type]
+    assert json.loads(out[6:])["choices"][0]["text"] == "B"
+    assert resumed.problem is None
+    assert trail.problem() == UNREADABLE
+
+
+@pytest.mark.parametrize("decode", [json.loads, msgspec.json.decode, msgspec.json.Decoder().decode])
+def test_strict_parsers_read_an_event_whose_ids_were_taken_out(decode: Decode) -> None:
+    sent: list[bytes] = []
+    take = stripping(begun(), SseObserver(), lambda _: None, sent.append, sent.append)
+    for ids in ([12], [1234567], [1234567], [1, 2, 3]):
+        take(framed(event("B", ids)))
+    assert len(sent) == 4
+    for chunk in sent:
+        plain = decode(chunk.split(b"\r\n")[1].strip()[6:])
+        assert plain == {"id": "a", "choices": [{"index": 0, "text": "B", "token_ids": None}]}
+
+
+def test_orjson_reads_an_event_whose_ids_were_taken_out() -> None:
+    orjson = pytest.importorskip("orjson", reason="orjson is not installed")
+    test_strict_parsers_read_an_event_whose_ids_were_taken_out(orjson.loads)
