@@ -311,6 +311,14 @@ def text_of(plain: dict[str, object] | None) -> str:
     return text if isinstance(text, str) else ""
 
 
+def finishing(trail: Trail, reason: str, *, chat: bool) -> bytes:
+    """Return the event that gives the finish reason of an answer whose text was sent."""
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    text: dict[str, object] = {"delta": {"content": ""}} if chat else {"text": ""}
+    choice = {"index": 0, **text, "logprobs": None, "finish_reason": reason, "stop_reason": None}
+    return _event({**trail.head, "object": kind, "choices": [choice]})
+
+
 def closing(trail: Trail, *, usage: bool, chat: bool) -> bytes:
     """Return what was still to be said after the finish reason."""
     done = b"data: [DONE]\n\n"
