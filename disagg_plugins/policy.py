@@ -229,7 +229,8 @@ class QueuePolicy(Section):
     order: Literal["fifo", "shortest", "deadline"] = Field(
         default="fifo",
         description="Of requests of one priority and tenant: by arrival, by prompt length, or by "
-        "arrival plus the TTFT bound of the SLO class.",
+        "arrival plus the TTFT bound of the SLO class, or the request's own deadline if that is "
+        "sooner.",
     )
     prefills_per_worker: int | None = Field(
         default=None,
@@ -466,6 +467,17 @@ class GatewayPolicy(Section):
     )
     first_byte_s: Seconds = Field(default=120.0, description="First byte of a worker's answer.")
     idle_s: Seconds = Field(default=120.0, description="Longest silence inside an answer.")
+    request_s: Seconds | None = Field(
+        default=None,
+        description="From a request's arrival to the end of its answer; a client asks for less "
+        "with the header x-disagg-timeout (seconds). null: no bound.",
+    )
+    hedge_s: Seconds | None = Field(
+        default=None,
+        description="A request whose answer has not begun after this long is sent to a second "
+        "decode worker too; the first to speak answers. It costs a second prompt, and counts as a "
+        "retry. null: never.",
+    )
     resume: bool = Field(
         default=True, description="Go on with a stream elsewhere when its decode worker dies."
     )

@@ -180,6 +180,7 @@ class RequestProfile:
         slo_class: The SLO class, or None.
         tenant: The tenant, or None.
         arrival_s: Arrival on the gateway's monotonic clock, in seconds.
+        deadline_s: When its client stops waiting for the whole answer, on the same clock, or None.
         session: What ties requests of one conversation together, or None.
         priority: More urgent requests have a higher one.
         ttft_slo_s: The bound on TTFT that its SLO class sets, in seconds, or None.
@@ -205,6 +206,7 @@ class RequestProfile:
     slo_class: str | None = None
     tenant: str | None = None
     arrival_s: float = 0.0
+    deadline_s: float | None = None
     session: str | None = None
     priority: int = 0
     ttft_slo_s: float | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from disagg_plugins.gateway.refusals import error_body
+from disagg_plugins.gateway.refusals import RequestError, error_body
 from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded
+from disagg_plugins.telemetry.records import FailureRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from disagg_plugins.gateway.flow import BreakAnswer
     from disagg_plugins.gateway.reply import Reply
     from disagg_plugins.gateway.wire import Header
     from disagg_plugins.telemetry.records import RequestRecord
@@ -53,9 +55,21 @@ class Answers:
         again = b"retry-after: 1\r\n" if status == 503 else b""
         self._client.answer(status, body, self.lines(_JSON) + again)
 
-    def break_off(self, last: bytes, message: str | None) -> None:
-        """End an answer visibly, a stream with an event that tells why."""
-        if message is not None:
-            error = error_body(502, message, code="upstream_broke_off")
+    def abandoned(self, exc: Exception) -> None:
+        """End the answer to a request at which the gateway itself failed, as far as it goes."""
+        status, code, message = 500, "internal", "the gateway failed; its log says why"
+        if isinstance(exc, RequestError):
+            status, code, message = exc.status, exc.code or "invalid_json", exc.message
+        detail = f"{type(exc).__name__}: {exc}"[:300]
+        self._record.failures.append(FailureRecord("", "gateway", code, detail))
+        if self._client.started:
+            self._client.break_off(b"")
+        else:
+            self.error(status, message, code=code)
+
+    def break_off(self, last: bytes, why: BreakAnswer, *, events: bool) -> None:
+        """End an answer visibly; one made of ``events`` with an event that tells why."""
+        if events:
+            error = error_body(why.status, why.message, code=why.code)
             last += b"data: %b\n\n" % error
         self._client.break_off(last)

@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from disagg_plugins.policy import Policy
 
 log = logging.getLogger(__name__)
+
+LEAST_TICKET_S = 1.0
+"""A ticket lives at least this long, however near the request's deadline is."""
 
 GC_YOUNG_OBJECTS = 20_000
 """Allocations between two looks of the garbage collector: about 100 requests, or 4 MiB."""
@@ -196,7 +199,13 @@ def _parts(
 ) -> Parts:
     ticket_s = policy.handoff.ticket_s
 
-    def new_handoff(prefill: Worker, decode: Worker) -> HandoffRef:
+    def new_handoff(
+        prefill: Worker,
+        decode: Worker,
+        deadline_s: float | None,
+        endpoints: tuple[Mapping[str, object], ...],
+    ) -> HandoffRef:
+        left_s = ticket_s if deadline_s is None else deadline_s - time.monotonic()
         handoff_id = HandoffId(os.urandom(16).hex())
         ticket = mint(
             secret,
@@ -204,9 +213,9 @@ def _parts(
             prefill=prefill.name,
             decode=decode.name,
             now_s=time.time(),
-            valid_s=ticket_s,
+            valid_s=min(ticket_s, max(LEAST_TICKET_S, left_s)),
         )
-        return HandoffRef(handoff_id, ticket, prefill, decode)
+        return HandoffRef(handoff_id, ticket, prefill, decode, endpoints)
 
     def plugin_failures() -> dict[str, int]:
         failures: Counter[str] = Counter()

@@ -67,6 +67,23 @@ def one_chunk(data: bytes) -> bool:
     return data.startswith(line) and data.endswith(END)
 
 
+def short_way(
+    trail: Trail | None, sse: SseObserver, stamp: Callable[[float], None], send: Take, slow: Take
+) -> TakeChunk | None:
+    """Return what forwards chunks of a stream whose beginning was looked at; None: nothing may.
+
+    Args:
+        trail: Notes the ids of the stream; None: it carries none.
+        sse: Watches the stream.
+        stamp: Notes the moment of output.
+        send: Writes to the client.
+        slow: Takes the content of a chunk for which no such path is made.
+    """
+    if trail is None:
+        return passing(sse, stamp, send, slow)
+    return stripping(trail, sse, stamp, send, slow) if trail.prompt else None
+
+
 def passing(sse: SseObserver, stamp: Callable[[float], None], send: Take, slow: Take) -> TakeChunk:
     """Return what forwards one chunk as it came, framing and all.
 

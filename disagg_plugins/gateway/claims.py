@@ -57,6 +57,10 @@ class Claims:
             self._fleet.succeeded(worker)
         self.leave(side)
 
+    def rename(self, side: str, to: str) -> None:
+        """The worker of ``side`` is that of ``to`` from now on."""
+        self._held[to] = self._held.pop(side)
+
     def leave(self, side: str) -> None:
         """The worker of ``side`` has no more work of this request."""
         held = self._held.pop(side, None)

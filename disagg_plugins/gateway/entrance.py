@@ -15,6 +15,8 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
+from disagg_plugins.gateway.flow import DEADLINE
+from disagg_plugins.gateway.refusals import RequestError
 from disagg_plugins.gateway.wire import header_value
 from disagg_plugins.scheduling.prefill_queue import PrefillQueue, Waiting
 from disagg_plugins.scheduling.prefill_slots import has_slot
@@ -113,7 +115,7 @@ class Ways:
 
     decide: Callable[[Explanation, Body], Decision]
     begin: Callable[[Pending, Decision, float], None]
-    refuse: Callable[[Pending, NoCapacityError], None]
+    refuse: Callable[[Pending, NoCapacityError | RequestError], None]
     score: Callable[[RequestProfile], float]
     fleet: Callable[[], FleetView]
     changed: Callable[[], None]
@@ -132,6 +134,7 @@ class Entrance:
         self._queue: PrefillQueue[_Wait] = PrefillQueue(
             rules.queue.order, ageing_s=rules.queue.ageing_s
         )
+        self._timed: set[_Wait] = set()  # those whose clients set a deadline
         self._pumping = False
         self._freed: set[str] = set()  # workers that may have a slot since the last look
         self._closed = False
@@ -236,6 +239,8 @@ class Entrance:
             tenant="" if rule is None else profile.tenant or "",
             weight=1.0 if rule is None else rule.weight,
         )
+        if profile.deadline_s is not None:
+            self._timed.add(wait)
         pending.client.answering(wait)
         return wait
 
@@ -254,6 +259,10 @@ class Entrance:
         """End waits that lasted too long, and look at the others."""
         if not self._queue:
             return
+        for wait in [w for w in self._timed if now_s > (w.pending.profile.deadline_s or now_s)]:
+            waited_s = now_s - wait.pending.profile.arrival_s
+            problem = f"the deadline passed {waited_s:.2f} s after the request's arrival: it waited"
+            self._refuse(wait, RequestError(504, f"{problem} for a worker", code=DEADLINE), "late")
         for place in self._queue.late(now_s - self._rules.max_wait_s):
             self._place(place.payload, now_s, late=True)
         self._freed.update(w.name for w in self._ways.fleet().serving(Role.PREFILL))
@@ -323,7 +332,7 @@ class Entrance:
             self._ways.refuse(pending, _failed())
         return True
 
-    def _refuse(self, wait: _Wait, exc: NoCapacityError, end: str) -> bool:
+    def _refuse(self, wait: _Wait, exc: NoCapacityError | RequestError, end: str) -> bool:
         if not self._queue.leave(wait.place):
             return False
         self._over(wait, end)
@@ -332,6 +341,7 @@ class Entrance:
         return True
 
     def _over(self, wait: _Wait, end: str) -> None:
+        self._timed.discard(wait)
         waited_s = max(0.0, monotonic() - wait.place.since_s)
         self._metrics.observe("disagg_queue_seconds", (end,), (waited_s,))
         self._ways.changed()

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
-from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
-
-import msgspec
 
 from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway import flow as f
 from disagg_plugins.gateway.answers import Answers
-from disagg_plugins.gateway.chunks import passing, stripping
-from disagg_plugins.gateway.claims import EXPECTED, Claims
+from disagg_plugins.gateway.bodies import Bodies, UnreadableError
+from disagg_plugins.gateway.calls import HEDGE, Calls
+from disagg_plugins.gateway.chunks import short_way
 from disagg_plugins.gateway.containment import contained
-from disagg_plugins.gateway.fleet import expected_output
+from disagg_plugins.gateway.deadlines import FOREVER, Deadlines
+from disagg_plugins.gateway.hedge import Hedge
 from disagg_plugins.gateway.refusals import RequestError
 from disagg_plugins.gateway.resumption import Resumption
-from disagg_plugins.gateway.sse import SseObserver, carries_output, failed_at_once, read_answer
-from disagg_plugins.gateway.surroundings import Surroundings, record_of
+from disagg_plugins.gateway.sse import (
+    SseObserver,
+    StreamEnd,
+    carries_output,
+    failed_at_once,
+    read_answer,
+)
+from disagg_plugins.gateway.surroundings import record_of
 from disagg_plugins.gateway.timeline import Timeline
-from disagg_plugins.gateway.upstream import Call
-from disagg_plugins.gateway.wire import header_value, post
-from disagg_plugins.gateway.worker_state import Work
+from disagg_plugins.gateway.wire import header_value
 from disagg_plugins.telemetry.records import FailureRecord
 from disagg_plugins.types import Disaggregated
 
@@ -38,8 +40,10 @@ if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import HandoffRef, Published
     from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.server import Gateway
+    from disagg_plugins.gateway.upstream import Call
     from disagg_plugins.gateway.wire import Header
-    from disagg_plugins.types import Decision, RequestProfile, Worker
+    from disagg_plugins.gateway.worker_state import Work
+    from disagg_plugins.types import Decision, Family, RequestProfile, Worker
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +53,6 @@ be retried; a longer one is passed on as it comes."""
 
 MAX_PREFILL_ANSWER_BYTES = 8 << 20
 """One token and the handoff's parameters are a few KiB."""
-
-LEFT_S = 1.0
-"""How long the worker of a client that left with its whole answer may take to end its own; then
-its connection is closed instead of kept."""
-
-FOREVER = float("inf")
-
-encode = msgspec.json.encode
 
 
 class Exchange:
@@ -74,24 +70,19 @@ class Exchange:
         answer_headers: bytes,
     ) -> None:
         route = decision.route
-        self.surroundings = Surroundings(gateway.read_tokens, profile.cached_tokens)
         self.profile = profile
         self._gateway = gateway
         self._client = client.answering(self)
         self._parsed = parsed
-        self._shared = shared_headers
         self._route = route
         self._decode = route.decode
         self._ref: HandoffRef | None = None
+        self._family: Family | None = None
         self._resumption = Resumption(parsed, gateway.policy.gateway)
+        self._bodies = Bodies(parsed, gateway.fleet.dialects, self._resumption)
         self._flow = f.Flow(self._resumption.times)
         self._times = Timeline(profile.arrival_s)
-        self._calls: dict[str, Call] = {}
-        self._claims = Claims(gateway.fleet)
-        self._status: dict[str, int] = {}
-        self._headers: dict[str, list[Header]] = {}
-        self._bodies: dict[str, list[bytes]] = {"prefill": [], "decode": []}
-        self._sizes_bytes = {"prefill": 0, "decode": 0}
+        self._hedge: Hedge | None = None
         self._sse: SseObserver | None = None
         self._first = b""
         self._streams = False  # the answer that began is a stream
@@ -100,10 +91,11 @@ class Exchange:
         self._over = False
         self._left = False  # the client went with its whole answer
         self._last = b""  # held back to be sent with the end of the answer
-        self.prefill_deadline_s = FOREVER
-        self.decode_deadline_s = FOREVER
-        self.record = record_of(parsed, decision, profile.request_id)
-        self._answers = Answers(self._client, answer_headers, self.record)
+        waits = gateway.policy.gateway
+        self.deadlines = Deadlines(waits, profile.arrival_s, profile.deadline_s)
+        self.record = record = record_of(parsed, decision, profile.request_id)
+        self._calls = Calls(gateway, parsed.endpoint, shared_headers, profile, record, self._times)
+        self._answers = Answers(self._client, answer_headers, record)
 
     @contained
     def begin(self) -> None:
@@ -111,35 +103,26 @@ class Exchange:
         route = self._route
         if isinstance(route, Disaggregated):
             fleet = self._gateway.fleet
-            self._ref = self._gateway.mint(route.prefill, route.decode)
+            deadline_s, endpoints = self.profile.deadline_s, fleet.endpoints(route.prefill.name)
+            self._ref = self._gateway.mint(route.prefill, route.decode, deadline_s, endpoints)
             self._gateway.ledger.open(self._ref.handoff_id)
-            self._ref = replace(self._ref, endpoints=fleet.endpoints(route.prefill.name))
-            self._claims.expect(self._gateway.members, route.decode, self._decode_work(0))
-            self._do(self._flow.on(f.Started(fleet.family(route.prefill, route.decode))))
-        else:
-            self._do(self._flow.on(f.Started(None)))
+            work = self._bodies.writing(0)
+            self._calls.claims.expect(self._gateway.members, route.decode, work)
+            self._family = fleet.family(route.prefill, route.decode)
+        self._do(self._flow.on(f.Started(self._family)))
 
     def abandon(self, exc: Exception) -> None:
         """End the request, whatever state it is in: the gateway itself failed at it."""
         if self._over:
             log.error("after the end of request %s", self.record.request_id, exc_info=exc)
             return
-        status, code, message = 500, "internal", "the gateway failed; its log says why"
-        if isinstance(exc, RequestError):
-            status, code, message = exc.status, exc.code or "invalid_json", exc.message
-        else:
+        if not isinstance(exc, RequestError):
             log.error("request %s failed", self.record.request_id, exc_info=exc)
         self._flow.state = f.State.DONE
-        for side in list(self._calls):
-            self._cancel(f.Cancel("prefill" if side == "prefill" else "decode"))
-        detail = f"{type(exc).__name__}: {exc}"[:300]
-        self.record.failures.append(FailureRecord("", "gateway", code, detail))
+        self._calls.end()
         started = self._client.started
         try:
-            if started:
-                self._client.break_off(b"")
-            else:
-                self._answers.error(status, message, code=code)
+            self._answers.abandoned(exc)
         finally:
             self._finish(f.Finish("broken" if started else "error"))
 
@@ -150,7 +133,7 @@ class Exchange:
         """The client closed its connection."""
         if self._delivered():
             self._left = True
-            self.decode_deadline_s = time.monotonic() + LEFT_S
+            self.deadlines.left(monotonic())
             return
         self.record.client_gone = True
         self._do(self._flow.on(f.ClientGone()))
@@ -165,31 +148,28 @@ class Exchange:
         streaming = self._flow.state is f.State.STREAM
         if sse is None or not streaming or sse.held or self._slow or self._client.lost_bytes:
             return False
-        if sse.ended:
-            return True
-        single = self._parsed.body.get("n") in (None, 1) and not self._parsed.batch
-        return single and sse.end().finish is not None
+        return sse.ended or (self._parsed.single and sse.end().finish is not None)
 
     def _end_left(self) -> None:
-        call = self._calls.get("decode")
+        call = self._calls.open.get("decode")
         if call is not None and not call.ended:
             call.cancel()
         self._do(self._flow.on(f.DecodeEnded()))
 
     @contained
     def close(self) -> None:
-        """The gateway closes: end what still runs; nothing will be heard of it any more."""
+        """The gateway closes: end what still runs, and let the client know."""
         if self._left:
             self._end_left()
         else:
-            self._do(self._flow.on(f.ClientGone()))
+            self._do(self._flow.on(f.CLOSING))
 
     @contained
     def client_slow(self, slow: bool) -> None:
         """Stop or go on reading the worker's answer."""
-        call = self._calls.get("decode")
+        call = self._calls.open.get("decode")
         self._slow = slow
-        self._touch(time.monotonic())
+        self._touch(monotonic())
         if call is not None and slow:
             call.pause()
         elif call is not None:
@@ -198,41 +178,44 @@ class Exchange:
     @contained
     def expire(self, now_s: float) -> None:
         """A deadline passed."""
-        self._expire(now_s)
-
-    def _expire(self, now_s: float) -> None:
-        policy = self._gateway.policy.gateway
-        if now_s > self.prefill_deadline_s:
-            self.prefill_deadline_s = FOREVER
-            detail = f"no answer within {policy.prefill_s:g} s (policy key gateway.prefill_s)"
-            self._do(self._flow.on(f.PrefillFailed("timeout", detail)))
-        if now_s <= self.decode_deadline_s:
+        deadlines = self.deadlines
+        if now_s > deadlines.request_s:
+            self._do(self._flow.on(f.too_late(now_s - self.profile.arrival_s)))
             return
+        if now_s > deadlines.prefill_s:
+            deadlines.prefill_s = FOREVER
+            self._do(self._flow.on(f.PrefillFailed("timeout", deadlines.late("prefill"))))
+        if now_s > deadlines.decode_s:
+            self._expire_decode(now_s)
+        if now_s > deadlines.hedge_s:
+            deadlines.hedge_s = FOREVER
+            self._begin_hedge()
+
+    def _expire_decode(self, now_s: float) -> None:
+        deadlines = self.deadlines
         if self._left:
             self._end_left()
             return
-        if self._flow.state is f.State.STREAM and not self._slow:
+        streaming = self._flow.state is f.State.STREAM
+        if streaming and not self._slow:
             # chunks on the fast path do not move the deadline one by one
-            self.decode_deadline_s = self._times.last_s + policy.idle_s
-            if now_s <= self.decode_deadline_s:
+            deadlines.heard(self._times.last_s, begun=True)
+            if now_s <= deadlines.decode_s:
                 return
-        self.decode_deadline_s = FOREVER
+        deadlines.decode_s = FOREVER
         if self._slow:
             log.warning("request %s: the client stopped reading", self.record.request_id)
             self._do(self._flow.on(f.ClientGone()))
             self._client.abort()
-        elif self._flow.state is f.State.STREAM:
-            detail = f"nothing more within {policy.idle_s:g} s (policy key gateway.idle_s)"
-            self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
         else:
-            detail = f"no answer within {policy.first_byte_s:g} s (policy key gateway.first_byte_s)"
+            detail = deadlines.late("idle" if streaming else "first_byte")
             self._do(self._flow.on(f.DecodeFailed("timeout", detail)))
 
     @contained
     def call_head(self, call: Call, status: int, headers: list[Header]) -> None:
         """The head of a worker's answer came."""
-        self._status[call.side] = status
-        self._headers[call.side] = headers
+        heard = self._calls.heard[call.side]
+        heard.status, heard.headers = status, headers
         if call.side == "decode":
             kind = header_value(headers, b"content-type") or b""
             if status == 200 and kind.startswith(b"text/event-stream"):
@@ -249,8 +232,7 @@ class Exchange:
         now_s = monotonic()
         if not self._slow and not self._left:
             streaming = self._flow.state is f.State.STREAM
-            policy = self._gateway.policy.gateway
-            self.decode_deadline_s = now_s + (policy.idle_s if streaming else policy.first_byte_s)
+            self.deadlines.heard(now_s, begun=streaming)
         if self._sse is not None:
             data = self._sse.feed(data)
             if not data:
@@ -298,14 +280,11 @@ class Exchange:
         return problem is not None
 
     def _keep(self, call: Call, data: bytes, bound_bytes: int) -> None:
-        side = call.side
-        self._bodies[side].append(data)
-        self._sizes_bytes[side] += len(data)
-        if self._sizes_bytes[side] <= bound_bytes:
+        side, heard = call.side, self._calls.heard[call.side]
+        if heard.add(data) <= bound_bytes:
             return
-        if side == "decode" and self._status[side] == 200:
-            self._first = b"".join(self._bodies[side])
-            self._bodies[side] = []
+        if side == "decode" and heard.status == 200:
+            self._first = heard.take()
             self._times.stamp(monotonic())
             self._do(self._flow.on(f.DecodeStarted()))
             return
@@ -317,8 +296,8 @@ class Exchange:
         """A worker's answer is complete."""
         if call.side == "prefill":
             self._prefill_end()
-        elif self._status["decode"] != 200:
-            self._do(self._flow.on(f.DecodeRejected(self._status["decode"])))
+        elif (status := self._calls.heard["decode"].status) != 200:
+            self._do(self._flow.on(f.DecodeRejected(status)))
         elif self._sse is not None:
             self._stream_end(self._sse)
         elif self._flow.state is f.State.STREAM:
@@ -337,33 +316,29 @@ class Exchange:
             self._do(self._flow.on(f.DecodeFailed(kind, detail)))
 
     def _prefill_end(self) -> None:
-        status = self._status["prefill"]
-        self.prefill_deadline_s = FOREVER
-        self._times.prefill_end_s = time.monotonic()
+        calls = self._calls
+        status = calls.heard["prefill"].status
+        self.deadlines.prefill_s = FOREVER
+        self._times.prefill_end_s = monotonic()
         if status != 200:
             self._do(self._flow.on(f.PrefillRejected(status)))
             return
-        fleet, route, ref = self._gateway.fleet, self._route, self._ref
+        route, ref = self._route, self._ref
         published: Published | None = None
-        if isinstance(route, Disaggregated) and ref is not None and self._relays(route):
-            dialect = fleet.dialects[route.prefill.engine]
+        if isinstance(route, Disaggregated) and ref is not None and self._family == "relay":
+            answer = calls.heard["prefill"].body()
             try:
-                answer = msgspec.json.decode(b"".join(self._bodies["prefill"]))
-                published = dialect.published(answer if isinstance(answer, dict) else {}, ref)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-                detail = f"its answer is not JSON: {exc}"
-                self._do(self._flow.on(f.PrefillFailed("garbage", detail)))
+                published = self._bodies.published(route.prefill, ref, answer)
+            except UnreadableError as exc:
+                self._do(self._flow.on(f.PrefillFailed("garbage", str(exc))))
                 return
             except RemoteProtocolError as exc:
                 self._do(self._flow.on(f.PrefillFailed("no_handoff", str(exc))))
                 return
-        del self._bodies["prefill"][:], self._calls["prefill"]
-        self._claims.succeeded("prefill")
-        self.surroundings.read(self.record, self.record.prefill)
+        del calls.heard["prefill"], calls.open["prefill"]
+        calls.claims.succeeded("prefill")
+        calls.surroundings.read(self.record, self.record.prefill)
         self._do(self._flow.on(f.PrefillAnswered(published)))
-
-    def _relays(self, route: Disaggregated) -> bool:
-        return self._gateway.fleet.family(route.prefill, route.decode) == "relay"
 
     def _stream_end(self, sse: SseObserver) -> None:
         if not sse.ended and not self._left:
@@ -371,23 +346,25 @@ class Exchange:
             self._do(self._flow.on(f.DecodeFailed("truncated", detail)))
             return
         self._last += sse.rest()
-        self._claims.succeeded("decode")
+        self._calls.claims.succeeded("decode")
         self._do(self._flow.on(f.DecodeEnded()))
 
     def _whole_end(self) -> None:
-        body = b"".join(self._bodies["decode"])
-        said = read_answer(body)
+        body = self._calls.heard["decode"].take()
         if not body.startswith(b"{") or not body.rstrip().endswith(b"}"):
             self._do(self._flow.on(f.DecodeFailed("garbage", "its answer is not a JSON object")))
             return
-        self.record.finish = said.finish
-        self.record.prompt_tokens = said.prompt_tokens
-        self.record.output_tokens = said.output_tokens
+        self._note_end(read_answer(body))
         self._first, self._whole = body, True
         self._times.stamp(monotonic())
-        self._claims.succeeded("decode")
+        self._calls.claims.succeeded("decode")
         self._do(self._flow.on(f.DecodeStarted()))
         self._do(self._flow.on(f.DecodeEnded()))
+
+    def _note_end(self, said: StreamEnd) -> None:
+        record = self.record
+        record.finish = said.finish
+        record.prompt_tokens, record.output_tokens = said.prompt_tokens, said.output_tokens
 
     # What is done about it
 
@@ -399,28 +376,20 @@ class Exchange:
         route, ref = self._route, self._ref
         if not isinstance(route, Disaggregated) or ref is None:
             return
-        now_s = self._times.prefill_start_s = monotonic()
-        self.prefill_deadline_s = now_s + self._gateway.policy.gateway.prefill_s
-        dialect = self._gateway.fleet.dialects[route.prefill.engine]
-        body = encode(dialect.prefill_body(self._parsed.body, ref))
-        tokens = self._parsed.prompt_tokens
-        self._send("prefill", route.prefill, body, Work(tokens, tokens))
+        self._times.prefill_start_s = monotonic()
+        body = self._bodies.prefill(route.prefill, ref)
+        self._send("prefill", route.prefill, body, self._bodies.reading())
 
     def _send_decode(self, command: f.Command) -> None:
         published = command.published if isinstance(command, f.SendDecode) else None
-        if self._ref is None:
-            return
-        dialect = self._gateway.fleet.dialects[self._decode.engine]
-        body = dialect.decode_body(self._parsed.body, self._ref, published)
-        body = self._resumption.body(dialect, self._decode, body)
-        self._send("decode", self._decode, encode(body), self._decode_work(0))
-
-    def _decode_work(self, prompt_tokens: int) -> Work:
-        """Return what this request asks of a decode worker that reads ``prompt_tokens`` itself."""
-        bound = self._parsed.max_output_tokens
-        return Work(prompt_tokens, self._parsed.prompt_tokens, expected_output(bound))
+        if self._ref is not None:
+            body = self._bodies.decode(self._decode, self._ref, published)
+            self._send("decode", self._decode, body, self._bodies.writing(0))
 
     def _send_local(self, command: f.Command) -> None:
+        if self._hedge is not None:  # somebody else is at it already
+            self._adopt(command)
+            return
         whole, gateway = self._decode.whole, self._gateway
         may = not self._flow.retries or gateway.may_retry(self.record)
         if isinstance(command, f.SendLocal) and (command.elsewhere or not (whole and may)):
@@ -430,12 +399,56 @@ class Exchange:
                 return
             self._decode = other or self._decode
             self.record.decode = self._decode.name
-        parsed = self._parsed
-        dialect = gateway.fleet.dialects.get(self._decode.engine)
-        body = parsed.body if dialect is None else dialect.local_body(parsed.body)
-        body = self._resumption.body(dialect, self._decode, body)
-        raw = parsed.raw if body is parsed.body else encode(body)
-        self._send("decode", self._decode, raw, self._decode_work(parsed.prompt_tokens))
+        work = self._bodies.writing(self._parsed.prompt_tokens)
+        self._send("decode", self._decode, self._bodies.whole(self._decode), work)
+
+    def _begin_hedge(self) -> None:
+        """Ask another worker for an answer that has not begun, if one is there and may be asked."""
+        gateway = self._gateway
+        if self._flow.state not in f.NOT_BEGUN or self._flow.retries:
+            return
+        other = gateway.another_decode(self.profile, self._decode, ())
+        if other is None or not gateway.retries.take(monotonic()):
+            return
+        self._hedge = Hedge(other, self._calls, self._hedge_speaks, self._hedge_failed)
+        work = self._bodies.writing(self._parsed.prompt_tokens)
+        self._calls.send(HEDGE, other, self._bodies.whole(other), work, self._hedge)
+
+    @contained
+    def _hedge_speaks(self, data: bytes) -> None:
+        self._first = data
+        self._do(self._flow.on(f.HedgeAnswers()))
+
+    @contained
+    def _hedge_failed(self, kind: str, detail: str) -> None:
+        hedge = self._hedge
+        self._end_hedge("failed")
+        if hedge is not None:
+            self._gateway.worker_failed(hedge.worker.name, "decode", kind, detail)
+
+    def _adopt(self, _: f.Command) -> None:
+        """Let the hedge answer, from what it has said on."""
+        hedge, self._hedge = self._hedge, None
+        if hedge is None:
+            return
+        call = self._calls.adopt(self)
+        self._decode = hedge.worker
+        self.record.decode = hedge.worker.name
+        self.record.hedge = "won"
+        self._sse = None
+        self.deadlines.sent("decode", monotonic())
+        heard, first = self._calls.heard["decode"], self._first
+        self._first = b""
+        if heard.status:
+            self.call_head(call, heard.status, heard.headers)
+        if first:
+            self.call_data(call, first)
+
+    def _end_hedge(self, end: str) -> None:
+        hedge, self._hedge = self._hedge, None
+        if hedge is not None:
+            self.record.hedge = end
+            self._calls.cancel(HEDGE)
 
     def _resume(self, _: f.Command) -> None:
         if self._last:
@@ -459,49 +472,42 @@ class Exchange:
         if other is None:
             return "there is no other worker that can go on"
         try:
-            body = resumption.next_body(self._gateway.fleet.dialects.get(other.engine), other)
+            body = self._bodies.rest(other)
         except LocalProtocolError as exc:
             return str(exc)
         self._decode = other
         self.record.decode = other.name
-        self._send("decode", other, encode(body), self._decode_work(resumption.context_tokens))
+        self._send("decode", other, body, self._bodies.writing(resumption.context_tokens))
         return None
 
     def _continue_answer(self, _: f.Command) -> None:
-        self._claims.prompt_read("decode")
-        call, data, self._first = self._calls["decode"], self._first, b""
-        self._touch(time.monotonic())
+        self._calls.claims.prompt_read("decode")
+        call, data, self._first = self._calls.open["decode"], self._first, b""
+        self._touch(monotonic())
         if self._slow:
             call.pause()
         self._pass_on(call, data)
 
     def _send(self, side: str, worker: Worker, body: bytes, work: Work) -> None:
-        gateway = self._gateway
         if side == "decode":
             self._sse = None
-            self._claims.leave(EXPECTED)
-            self.decode_deadline_s = monotonic() + gateway.policy.gateway.first_byte_s
-        self._bodies[side], self._sizes_bytes[side] = [], 0
-        self.surroundings.sent(self.record, self._times, side, worker, gateway.fleet.view())
-        pool, given = gateway.members.give(worker, work)
-        self._claims.note(side, worker.name, given)
-        path, host = self._parsed.endpoint.encode("ascii"), pool.host_header
-        self._calls[side] = call = Call(side, post(path, host, self._shared, body), self)
-        pool.submit(call)
+        self.deadlines.sent(side, monotonic())
+        self._calls.send(side, worker, body, work, self)
 
     def _start_answer(self, _: f.Command) -> None:
-        self._claims.prompt_read("decode")
+        self._calls.claims.prompt_read("decode")
+        self._end_hedge("lost")
         self.record.status = 200
         self._streams = self._sse is not None
-        self.surroundings.answering(self.record)
-        lines = self._answers.lines(self._headers["decode"])
+        self._calls.surroundings.answering(self.record)
+        lines = self._answers.lines(self._calls.heard["decode"].headers)
         first, self._first = self._first, b""
         if self._whole:
             self._client.answer(200, first, lines)
             return
-        call, (first, failure) = self._calls["decode"], self._resumption.failure(first)
+        call, (first, failure) = self._calls.open["decode"], self._resumption.failure(first)
         self._client.start(200, lines, self._resumption.outgoing(first))
-        self._touch(time.monotonic())
+        self._touch(monotonic())
         if failure is None:
             self._pass_chunks(call)
         else:
@@ -509,19 +515,17 @@ class Exchange:
 
     def _pass_chunks(self, call: Call) -> None:
         """Let chunks of whole events go the short way, where client and worker allow it."""
-        sse, trail, stamp = self._sse, self._resumption.trail, self._times.stamp
-        send = self._client.raw_writer() if sse is not None else None
+        sse, send = self._sse, self._client.raw_writer() if self._sse is not None else None
         if sse is None or send is None:
             return
         slow = functools.partial(self.call_data, call)
-        if trail is None:
-            call.pass_chunks(passing(sse, stamp, send, slow))
-        elif trail.prompt:
-            call.pass_chunks(stripping(trail, sse, stamp, send, slow))
+        take = short_way(self._resumption.trail, sse, self._times.stamp, send, slow)
+        if take is not None:
+            call.pass_chunks(take)
 
     def _touch(self, now_s: float) -> None:
         if self._flow.state is f.State.STREAM:
-            self.decode_deadline_s = now_s + self._gateway.policy.gateway.idle_s
+            self.deadlines.heard(now_s, begun=True)
 
     def _complete_answer(self, _: f.Command) -> None:
         if not self._whole:
@@ -529,12 +533,12 @@ class Exchange:
 
     def _break_answer(self, command: f.Command) -> None:
         if isinstance(command, f.BreakAnswer):
-            self._answers.break_off(self._last, command.message if self._streams else None)
+            self._answers.break_off(self._last, command, events=self._streams)
 
     def _answer_verbatim(self, command: f.Command) -> None:
         side = command.side if isinstance(command, f.AnswerVerbatim) else "decode"
-        body = b"".join(self._bodies[side])
-        self._answers.verbatim(self._status[side], self._headers[side], body)
+        heard = self._calls.heard[side]
+        self._answers.verbatim(heard.status, heard.headers, heard.body())
 
     def _answer_error(self, command: f.Command) -> None:
         if isinstance(command, f.AnswerError):
@@ -542,18 +546,14 @@ class Exchange:
 
     def _cancel(self, command: f.Command) -> None:
         side = command.side if isinstance(command, f.Cancel) else "decode"
-        call = self._calls.get(side)
-        if call is not None and not call.ended:
-            call.cancel()
         if side == "prefill":
-            self.prefill_deadline_s = FOREVER
-        self._claims.leave(side)
-        self._calls.pop(side, None)
+            self.deadlines.prefill_s = FOREVER
+        self._calls.cancel(side)
 
     def _note(self, command: f.Command) -> None:
         if not isinstance(command, f.Note):
             return
-        worker = self._claims.worker(command.side) or self.record.decode
+        worker = self._calls.claims.worker(command.side) or self.record.decode
         self.record.failures.append(
             FailureRecord(worker, command.side, command.kind, command.detail[:300])
         )
@@ -564,23 +564,20 @@ class Exchange:
             return
         self._over = True
         outcome = command.outcome if isinstance(command, f.Finish) else "ok"
-        self._claims.leave_all()
+        self._end_hedge("lost")
+        self._calls.end()
         record, flow = self.record, self._flow
         record.outcome = outcome
         record.retries = flow.retries
         record.resumes = flow.resumes
-        self.prefill_deadline_s = self.decode_deadline_s = FOREVER
+        self.deadlines.over()
         try:
             if self._sse is not None:
-                said = self._sse.end()
-                record.finish = said.finish
-                record.prompt_tokens = said.prompt_tokens
-                record.output_tokens = said.output_tokens
+                self._note_end(self._sse.end())
             self._resumption.ended(record)
         finally:
+            self._calls.surroundings.ended(record)
             self._gateway.finished(self, self._times, self._ref)
-            self._bodies.clear()
-            self._calls.clear()
 
 
 _EXECUTE = {
@@ -596,5 +593,6 @@ _EXECUTE = {
     f.AnswerError: Exchange._answer_error,
     f.Cancel: Exchange._cancel,
     f.Note: Exchange._note,
+    f.Adopt: Exchange._adopt,
     f.Finish: Exchange._finish,
 }

@@ -6,14 +6,18 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from disagg_plugins.scheduling.trace import Trace
+from disagg_plugins.scheduling.trace import MOST_WORKERS, Trace
 
 if TYPE_CHECKING:
     from disagg_plugins.telemetry.records import RequestRecord
     from disagg_plugins.types import Decision, RequestProfile
 
 KEPT = 1000
-"""Requests remembered; about 3 KiB each in a fleet of a few workers."""
+"""Requests remembered; at most 10 KiB each in a fleet of a few workers."""
+
+MOST_HASHES = 64
+"""Kept with a request, some 6 KiB: making its profile anew without them takes longer than all else
+here."""
 
 MAX_HEADER_BYTES = 4096
 """Clients and proxies take heads of 8 KiB and more; a longer explanation loses its steps."""
@@ -39,11 +43,17 @@ class Explanation:
     decision: Decision | None = None
     record: RequestRecord | None = None
 
-    def settle(self) -> None:
-        """Forget what only deciding needs; the hashes of a long prompt alone take 300 KiB."""
-        if self.profile.prefix_hashes or self.profile.cached_tokens:
-            self.profile = replace(self.profile, prefix_hashes=(), cached_tokens={})
-        self.trace.shorten()
+    def settle(self, workers: int) -> None:
+        """Forget what only deciding needs; the hashes of a long prompt alone take 300 KiB.
+
+        Args:
+            workers: Of the fleet.
+        """
+        profile = self.profile
+        if len(profile.prefix_hashes) > MOST_HASHES or len(profile.cached_tokens) > MOST_WORKERS:
+            self.profile = replace(profile, prefix_hashes=(), cached_tokens={})
+        if workers > MOST_WORKERS:
+            self.trace.shorten()
 
     def plain(self) -> Plain:
         """Return everything as plain values."""

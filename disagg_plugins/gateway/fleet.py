@@ -264,8 +264,10 @@ class FleetState:
         return self._prompt_over(name, work)
 
     def _prompt_over(self, name: str, work: Work) -> Work:
+        if not work.prompt_tokens:
+            return work
         state = self._given(name, work)
-        if work.prompt_tokens and state is not None:
+        if state is not None:
             state.prompt_tokens -= work.prompt_tokens
             state.prefills -= 1
             self._stale.add(name)

@@ -16,7 +16,10 @@ Rules, all of which live in this file:
   ``resumes`` times at most. An answer whose finish reason was sent is completed instead. Where
   neither can be done the stream is broken off visibly, saying why. Nothing is ever repeated to a
   client. A resumed call that is refused counts like one that failed.
-* The client goes: both upstream calls are cancelled at once.
+* The client goes: all upstream calls are cancelled at once. So they are when the request's own
+  deadline passes or the gateway closes: the client hears of it, and no worker is blamed.
+* A hedge is a second call for an answer that has not begun. If it speaks first, the other calls are
+  cancelled and it is the decode call from then on.
 * Every request ends with exactly one ``Finish``; after it, events have no effect.
 
 After ``Started`` the executor reports what happens; bytes that follow ``DecodeStarted`` are not
@@ -49,6 +52,12 @@ class State(Enum):
     STREAM = "stream"
     RESUME = "resume"
     DONE = "done"
+
+
+DEADLINE = "deadline_exceeded"
+
+NOT_BEGUN = frozenset({State.PREFILL, State.BOTH, State.DECODE})
+"""Where the client has nothing of its answer yet."""
 
 
 # Events ------------------------------------------------------------------------------------
@@ -130,6 +139,28 @@ class ClientGone:
     """The client closed its connection."""
 
 
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """The gateway ends the request: its deadline passed, or the gateway closes.
+
+    Attributes:
+        message: Why, for the client.
+        status: HTTP status, where an answer has not begun.
+        code: A word for programs.
+        outcome: How the request ends.
+    """
+
+    message: str
+    status: int
+    code: str
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class HedgeAnswers:
+    """The hedge has an answer at hand before any other call."""
+
+
 Event = (
     Started
     | PrefillAnswered
@@ -143,6 +174,19 @@ Event = (
     | NotResumable
     | AllSaid
     | ClientGone
+    | CutOff
+    | HedgeAnswers
+)
+
+
+def too_late(after_s: float) -> CutOff:
+    """Return the end of a request whose deadline passed, so long after its arrival."""
+    problem = f"the request's deadline passed {after_s:.2f} s after its arrival"
+    return CutOff(problem, 504, DEADLINE, "deadline")
+
+
+CLOSING = CutOff(
+    "the gateway is shutting down (policy key gateway.drain_s)", 503, "shutting_down", "closed"
 )
 
 
@@ -199,6 +243,8 @@ class BreakAnswer:
     """End the client's answer so that it cannot be taken for complete."""
 
     message: str
+    status: int = 502
+    code: str = "upstream_broke_off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +280,16 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopt:
+    """Make the hedge the decode call, with what it has said."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
-    """The request is over: ``ok``, ``rejected``, ``error``, ``broken`` or ``client_gone``."""
+    """The request is over.
+
+    ``ok``, ``rejected``, ``error``, ``broken``, ``deadline``, ``closed`` or ``client_gone``.
+    """
 
     outcome: str
 
@@ -253,6 +307,7 @@ Command = (
     | AnswerError
     | Cancel
     | Note
+    | Adopt
     | Finish
 )
 
@@ -459,6 +514,25 @@ class Flow:
         decode: list[Command] = [] if was in (State.NEW, State.PREFILL) else [Cancel("decode")]
         return [*self._cancel_prefill(), *decode, Finish("client_gone")]
 
+    def _cut_off(self, event: Event) -> list[Command]:
+        if not isinstance(event, CutOff):
+            raise LocalProtocolError(f"not a cut: {event!r}")
+        begun = self.state in (State.STREAM, State.RESUME)
+        over = self._client_gone(event)[:-1]
+        if begun:
+            last: Command = BreakAnswer(event.message, event.status, event.code)
+        else:
+            last = AnswerError(event.status, event.message, event.code)
+        return [*over, last, Finish(event.outcome)]
+
+    def _hedge_answers(self, event: Event) -> list[Command]:
+        was, self.state = self.state, State.DECODE
+        if self.handoff or was is State.PREFILL:
+            self.fell_back = "hedged"
+        self.handoff = False
+        decode: list[Command] = [] if was is State.PREFILL else [Cancel("decode")]
+        return [*self._cancel_prefill(), *decode, Adopt()]
+
     def _cancel_prefill(self) -> list[Command]:
         if not self._prefill_open:
             return []
@@ -477,10 +551,13 @@ _F = Flow
 _TABLE: Mapping[tuple[State, type], Handler] = {
     (State.NEW, Started): _F._started,
     (State.NEW, ClientGone): _F._client_gone,
+    (State.NEW, CutOff): _F._cut_off,
     (State.PREFILL, PrefillAnswered): _F._prefill_answered,
     (State.PREFILL, PrefillRejected): _F._prefill_rejected,
     (State.PREFILL, PrefillFailed): _F._prefill_failed,
     (State.PREFILL, ClientGone): _F._client_gone,
+    (State.PREFILL, CutOff): _F._cut_off,
+    (State.PREFILL, HedgeAnswers): _F._hedge_answers,
     (State.BOTH, PrefillAnswered): _F._prefill_answered,
     (State.BOTH, PrefillRejected): _F._prefill_rejected,
     (State.BOTH, PrefillFailed): _F._prefill_failed,
@@ -489,18 +566,23 @@ _TABLE: Mapping[tuple[State, type], Handler] = {
     (State.BOTH, DecodeRejected): _F._decode_rejected,
     (State.BOTH, DecodeFailed): _F._decode_failed,
     (State.BOTH, ClientGone): _F._client_gone,
+    (State.BOTH, CutOff): _F._cut_off,
+    (State.BOTH, HedgeAnswers): _F._hedge_answers,
     (State.DECODE, DecodeStarted): _F._decode_started,
     (State.DECODE, DecodeEnded): _F._decode_ended,
     (State.DECODE, DecodeRejected): _F._decode_rejected,
     (State.DECODE, DecodeFailed): _F._decode_failed,
     (State.DECODE, NoWorker): _F._no_worker,
     (State.DECODE, ClientGone): _F._client_gone,
+    (State.DECODE, CutOff): _F._cut_off,
+    (State.DECODE, HedgeAnswers): _F._hedge_answers,
     (State.STREAM, DecodeEnded): _F._decode_ended,
     (State.STREAM, DecodeFailed): _F._broken,
     (State.STREAM, PrefillAnswered): _F._prefill_late,
     (State.STREAM, PrefillRejected): _F._prefill_late,
     (State.STREAM, PrefillFailed): _F._prefill_late,
     (State.STREAM, ClientGone): _F._client_gone,
+    (State.STREAM, CutOff): _F._cut_off,
     (State.STREAM, NotResumable): _F._not_resumable,
     (State.RESUME, DecodeStarted): _F._resumed,
     (State.RESUME, DecodeRejected): _F._broken,
@@ -509,4 +591,5 @@ _TABLE: Mapping[tuple[State, type], Handler] = {
     (State.RESUME, NotResumable): _F._not_resumable,
     (State.RESUME, AllSaid): _F._all_said,
     (State.RESUME, ClientGone): _F._client_gone,
+    (State.RESUME, CutOff): _F._cut_off,
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
 from disagg_plugins.gateway.counting import WaitsForCount
+from disagg_plugins.gateway.deadlines import timeout_of
 from disagg_plugins.gateway.entrance import (
     RETRY_ELSEWHERE_S,
     SHUTTING_DOWN,
@@ -118,7 +119,11 @@ class Intake:
             foreign = parsed.model not in (None, gateway.fleet.model())
             parsed = gateway.prompts.read(parsed, ids, foreign)
             slo_class = slo_class_of(request.headers, gateway.policy.scheduler)
-            explanation = gateway.explanations.begin(self.profile(name, parsed, now_s, slo_class))
+            profile = self.profile(name, parsed, now_s, slo_class)
+            timeout_s = timeout_of(request.headers, gateway.policy.gateway.request_s)
+            if timeout_s is not None:
+                profile = replace(profile, deadline_s=now_s + timeout_s)
+            explanation = gateway.explanations.begin(profile)
             shared = upstream_headers(request.headers, name)
             pending = Pending(client, parsed, explanation, shared, lines, explained)
             decision = gateway.entrance.admit(pending)
@@ -126,17 +131,17 @@ class Intake:
             more = b""
             if explanation is not None and isinstance(exc, NoCapacityError):
                 explanation.refused = exc.problem
-                explanation.settle()
+                explanation.settle(len(self._gateway.fleet.workers))
                 more = _explain_line(explanation) if explained else b""
             self._refused(client, exc, lines, more)
             return
         if decision is not None:
             self.begin(pending, decision)
 
-    def refuse_waiting(self, pending: Pending, exc: NoCapacityError) -> None:
+    def refuse_waiting(self, pending: Pending, exc: NoCapacityError | RequestError) -> None:
         """Refuse a request that has waited."""
-        pending.explanation.refused = exc.problem
-        pending.explanation.settle()
+        pending.explanation.refused = str(exc)
+        pending.explanation.settle(len(self._gateway.fleet.workers))
         more = _explain_line(pending.explanation) if pending.explained else b""
         self._refused(pending.client, exc, pending.answer_headers, more)
 
@@ -161,7 +166,7 @@ class Intake:
         gateway.entrance.began(exchange, profile.tenant)
         exchange.record.queue_s = queue_s
         explanation.record = exchange.record
-        explanation.settle()
+        explanation.settle(len(self._gateway.fleet.workers))
         gateway.active.add(exchange)
         gateway.retries.request(time.monotonic())
         exchange.begin()

@@ -60,6 +60,11 @@ class ParsedRequest:
     prefix_hashes: tuple[str, ...] = ()
     session: str | None = None
 
+    @property
+    def single(self) -> bool:
+        """Whether the answer has one choice only."""
+        return not self.batch and self.body.get("n") in (None, 1)
+
 
 def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> ParsedRequest:
     """Read a request body.

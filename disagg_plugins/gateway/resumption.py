@@ -99,7 +99,7 @@ class Resumption:
         """Return what is missing of an answer whose last token was sent; None: it was not."""
         parsed, trail = self._parsed, self.trail
         said = StreamEnd() if sse is None else sse.end()
-        if parsed.batch or parsed.body.get("n") not in (None, 1):
+        if not parsed.single:
             return None
         chat, known = parsed.endpoint == CHAT, trail is not None and trail.problem() is None
         finish = b""

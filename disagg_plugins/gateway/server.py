@@ -312,11 +312,12 @@ class Gateway:
         record = exchange.record
         try:
             times.fill(record, self.metrics, now_s)
-            exchange.surroundings.ended(record)
             self.rebalancer.ended(now_s, record)
             count = self.metrics.count
             count("disagg_requests", (record.route, record.outcome, str(record.status)))
             count("disagg_decisions", (record.route, _reason_label(record.why)))
+            if record.hedge is not None:
+                count("disagg_hedges", (record.hedge,))
             if record.resumes:
                 count("disagg_resumed", (), record.resumes)
             if record.retries:
@@ -349,6 +350,7 @@ class Gateway:
         policy = self.policy.gateway
         shortest_s = min(policy.prefill_s, policy.first_byte_s, policy.idle_s, policy.client_idle_s)
         shortest_s = min(shortest_s, self.policy.scheduler.queue.max_wait_s)
+        shortest_s = min(shortest_s, policy.hedge_s or shortest_s, policy.request_s or shortest_s)
         return min(0.25, max(0.02, min(shortest_s, self.policy.telemetry.report_wait_s) / 4))
 
     async def watch(self) -> None:
@@ -376,10 +378,7 @@ class Gateway:
 
     def _enforce(self, now_s: float) -> None:
         _safely(functools.partial(self.entrance.tick, now_s))
-        late = [
-            e for e in self.active if now_s > e.decode_deadline_s or now_s > e.prefill_deadline_s
-        ]
-        for exchange in late:
+        for exchange in [e for e in self.active if e.deadlines.passed(now_s)]:
             _safely(functools.partial(exchange.expire, now_s))
         for client in [c for c in self.connections if now_s > c.deadline_s]:
             if not _safely(client.expire):
@@ -415,11 +414,12 @@ class Gateway:
         _safely(self.entrance.close)
         end_s = time.monotonic() + self.policy.gateway.drain_s
         await self._until(lambda: not self.active and not self.counting, end_s)
+        for exchange in list(self.active):
+            _safely(exchange.close)
+        await self._until(lambda: not self.connections, time.monotonic() + CLOSING_S)
         for client in list(self.connections):
             client.transport.abort()
         await self._until(lambda: not self.connections, time.monotonic() + CLOSING_S)
-        for exchange in list(self.active):
-            _safely(exchange.close)
         for pool in self.pools.values():
             _safely(pool.close)
         _safely(self.ledger.settle_all)

@@ -151,6 +151,8 @@ def observations(record: Mapping[str, object]) -> Iterator[Observation]:
     """
     if record.get("outcome") != "ok" or record.get("retries") or record.get("failures"):
         return
+    if record.get("hedge") == "won":
+        return
     number = _Numbers(record)
     decode = record.get("decode")
     if not isinstance(decode, str) or not record.get("stream"):

@@ -10,7 +10,8 @@ Three rules, each inside the one before it:
    Deficit round-robin bounds the same difference between tenants, but needs a quantum as large as
    the longest prompt and moves its state even to look at who would be next.
 3. Within a tenant, what plugins say (``disagg_score_queue``) comes first, then the built-in order:
-   ``fifo``, ``shortest`` first, or the earliest ``deadline`` (arrival plus the bound on TTFT).
+   ``fifo``, ``shortest`` first, or the earliest ``deadline`` (arrival plus the bound on TTFT, or
+   the client's own if that is sooner).
 
 The built-in orders are no plugins: a score is given once, in 0 to 1, when waiting begins. It knows
 neither how long others will have waited when a slot frees nor an absolute deadline.
@@ -181,13 +182,16 @@ class PrefillQueue(Generic[T]):
             tenant: Whose share of the slots it uses.
             weight: The tenant's share, relative to the others'.
         """
-        number, bound_s = next(self._numbers), profile.ttft_slo_s
+        number = next(self._numbers)
         aged_s = now_s + self._ageing_s
         order = 0.0
         if self._order == "shortest":
             order = float(profile.prompt_tokens)
         elif self._order == "deadline":
-            order = profile.arrival_s + (self._ageing_s if bound_s is None else bound_s)
+            slo_s = self._ageing_s if profile.ttft_slo_s is None else profile.ttft_slo_s
+            order = profile.arrival_s + slo_s
+            if profile.deadline_s is not None:
+                order = min(order, profile.deadline_s)
             aged_s = max(aged_s, order)
         request = Waiting(
             payload,

@@ -23,6 +23,8 @@ LEAST_RETRY_S = 1.0
 class SloAdmission(UsesPredictor):
     """Refuses when every choice exceeds ``refuse_over`` times the request's bound on TTFT.
 
+    Or when its first token would come after the request's own deadline.
+
     What waits at the gateway counts as queued before the request. A choice that nothing is known of
     is taken to be in time. The first choice in time ends the search, so that only a refusal looks
     at every worker.
@@ -41,18 +43,25 @@ class SloAdmission(UsesPredictor):
     def disagg_select_admission(self, profile: RequestProfile, fleet: FleetView) -> Refusal | None:
         """See ``hookspecs.disagg_select_admission``."""
         over, slo_s, predictor = self._refuse_over, profile.ttft_slo_s, self.predictor
-        if over is None or slo_s is None:
+        if over is None or (slo_s is None and profile.deadline_s is None):
             return None
+        bound_s, promise = float("inf"), ""
+        if slo_s is not None:
+            bound_s, promise = over * slo_s, f"its SLO class allows {slo_s:g} s"
+        if profile.deadline_s is not None:
+            left_s = profile.deadline_s - profile.arrival_s
+            if left_s < bound_s:
+                bound_s, promise = left_s, f"its client waits {left_s:g} s"
         with predictor.lock:
             predictor.catch_up()
-            return self._refusal(predictor, profile, fleet, slo_s, over * slo_s)
+            return self._refusal(predictor, profile, fleet, promise, bound_s)
 
     def _refusal(
         self,
         predictor: Predictor,
         profile: RequestProfile,
         fleet: FleetView,
-        slo_s: float,
+        promise: str,
         bound_s: float,
     ) -> Refusal | None:
         best_s = self._best_s(predictor, profile, fleet, profile.queued_tokens, bound_s)
@@ -65,7 +74,7 @@ class SloAdmission(UsesPredictor):
             if alone_s is None or alone_s <= bound_s:
                 status, why = 429, "; the tenant's own waiting requests cause it"
         return Refusal(
-            f"the first token would take {best_s:.2f} s, its SLO class allows {slo_s:g} s{why} "
+            f"the first token would take {best_s:.2f} s, {promise}{why} "
             "(policy key scheduler.admission)",
             max(LEAST_RETRY_S, best_s - bound_s),
             status=status,

@@ -16,6 +16,9 @@ from disagg_plugins.telemetry.records import HandoffRecord, RequestRecord
 if TYPE_CHECKING:
     from disagg_plugins.telemetry.metrics import Metrics
 
+ENDED_EARLY = ("client_gone", "rejected", "deadline", "closed")
+"""Outcomes of requests that ended before a split could show."""
+
 MAX_TEXT_CHARS = 300
 """Words of a report are cut to this length."""
 
@@ -118,8 +121,8 @@ class HandoffLedger:
         if handoff.tokens_loaded > 0 or (entry.loaded and handoff.tokens_local > 0):
             record.split = "yes"
             return
-        if record.outcome in ("client_gone", "rejected"):
-            record.split = f"no: {record.outcome}"
+        if record.outcome in ENDED_EARLY or record.hedge == "won":
+            record.split = f"no: {record.outcome if record.outcome in ENDED_EARLY else 'hedged'}"
             return
         if record.failures:
             first = record.failures[0]
@@ -137,7 +140,9 @@ class HandoffLedger:
 def _nothing_to_wait_for(entry: _Entry, record: RequestRecord) -> bool:
     if entry.loaded or entry.failed:
         return entry.published and entry.ended
-    return bool(record.failures) or record.outcome in ("client_gone", "rejected", "error")
+    if record.hedge == "won":
+        return True
+    return bool(record.failures) or record.outcome in (*ENDED_EARLY, "error")
 
 
 def _outcome(entry: _Entry, record: RequestRecord) -> str:
@@ -145,7 +150,7 @@ def _outcome(entry: _Entry, record: RequestRecord) -> str:
         return "failed"
     if entry.loaded:
         return "consumed"
-    if record.outcome == "client_gone":
+    if record.outcome in ("client_gone", "deadline", "closed") or record.hedge == "won":
         return "cancelled"
     if record.failures or record.outcome == "rejected":
         early = bool(record.failures) and record.failures[0].side == "prefill"

@@ -32,6 +32,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "disagg_tokens_recomputed": ("Prompt tokens of split requests that decode computed.", ()),
     "disagg_kv_bytes": ("KV bytes moved, by transport.", ("transport",)),
     "disagg_failures": ("Failed calls to workers.", ("worker", "side", "kind")),
+    "disagg_hedges": ("Second calls for an answer, by how they ended.", ("end",)),
     "disagg_resumed": ("Streams that went on with another decode worker.", ()),
     "disagg_retries_refused": ("Retries that the budget did not allow.", ()),
     "disagg_retries": ("Decode calls beyond the first of a request.", ()),

@@ -105,6 +105,8 @@ class RequestRecord:
     could have known. It changes while a request runs, so it is a sign and no mean.
 
     Attributes:
+        hedge: How a second call for the answer ended: ``won`` (it answered), ``lost``, ``failed``;
+            None: there was none.
         sent_s: From arrival to the first call.
         prefill_queued_tokens: Prompt tokens to be read before, on the worker that reads the prompt.
         prefill_requests: Requests in flight on the prefill worker of a split request.
@@ -141,6 +143,7 @@ class RequestRecord:
     retries: int = 0
     resumes: int = 0
     not_resumed: str | None = None
+    hedge: str | None = None
     failures: list[FailureRecord] = field(default_factory=list)
     client_gone: bool = False
     queue_s: float = 0.0

@@ -88,10 +88,34 @@ def test_shutdown_cuts_what_does_not_end_in_time(build: Build) -> None:
     stack = build(d0="decode", gateway={"drain_s": 0.2}, behaviours={"d0": Behaviour(hang="head")})
     body = b'{"model":"fake-model","prompt":"x"}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
-    stack.raw(head + body)
+    sock = stack.raw(head + body)
     eventually(lambda: len(stack.gateway.active) == 1, "the request runs")
+    stack.request_stop()
+    with closing(http.client.HTTPResponse(sock)) as answer:
+        answer.begin()
+        assert answer.status == 503
+        assert b"shutting_down" in answer.read()
     stack.stop()
     assert not stack.gateway.active
+    (record,) = stack.records(1)
+    assert record["outcome"] == "closed"
+
+
+def test_shutdown_tells_a_stream_that_does_not_end_in_time(build: Build) -> None:
+    stack = build(
+        d0="decode", gateway={"drain_s": 0.2}, behaviours={"d0": Behaviour(hang="stream")}
+    )
+    body = b'{"model":"fake-model","prompt":"x","stream":true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    sock = stack.raw(head + body)
+    with closing(http.client.HTTPResponse(sock)) as answer:
+        answer.begin()
+        first = answer.read1(10)
+        stack.request_stop()
+        with pytest.raises(http.client.IncompleteRead) as broken:
+            answer.read()
+    assert b"shutting_down" in first + broken.value.partial
+    stack.stop()
 
 
 def test_a_task_that_loses_its_cancellation_does_not_hold_up_the_end(

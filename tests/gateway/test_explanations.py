@@ -143,7 +143,7 @@ def test_what_is_kept_of_a_request_does_not_grow_with_its_prompt_or_the_fleet() 
     explanation.trace.note("filter", Role.PREFILL, [("capacity", set(names)), ("other", None)])
     explanation.trace.note("score", Role.PREFILL, [("least-loaded", scores)])
     explanation.trace.note("chosen", Role.PREFILL, [(CORE, "w" * 100)])
-    explanation.settle()
+    explanation.settle(len(names))
     assert (explanation.profile.prefix_hashes, explanation.profile.cached_tokens) == ((), {})
     left, scored, chosen = (step["said"] for step in explanation.trace.plain())
     assert left["capacity"][-1] == "and 9936 more"  # type: ignore[index]

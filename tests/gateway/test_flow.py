@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 
 from disagg_plugins.errors import LocalProtocolError
 from disagg_plugins.gateway.flow import (
+    NOT_BEGUN,
+    Adopt,
     AllSaid,
     AnswerError,
     AnswerVerbatim,
@@ -18,6 +21,7 @@ from disagg_plugins.gateway.flow import (
     Command,
     CompleteAnswer,
     ContinueAnswer,
+    CutOff,
     DecodeEnded,
     DecodeFailed,
     DecodeRejected,
@@ -25,6 +29,7 @@ from disagg_plugins.gateway.flow import (
     Event,
     Finish,
     Flow,
+    HedgeAnswers,
     Note,
     NotResumable,
     NoWorker,
@@ -40,6 +45,9 @@ from disagg_plugins.gateway.flow import (
     State,
 )
 from disagg_plugins.testing.script import Script
+
+if TYPE_CHECKING:
+    from disagg_plugins.types import Family
 
 PARAMS: dict[str, object] = {"disagg": {"num_tokens": 9}}
 NOT_OURS = (404, 408, 429)
@@ -358,6 +366,45 @@ def test_rendezvous_prefill_failure_after_decode_began_is_only_noted() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("family", [None, "relay", "rendezvous"])
+def test_deadline_before_the_answer_is_an_error_that_blames_nobody(family: Family | None) -> None:
+    flow = Flow()
+    flow.on(Started(family))
+    *cancelled, error, finish = flow.on(CUT)
+    assert all(isinstance(command, Cancel) for command in cancelled)
+    assert isinstance(error, AnswerError)
+    assert (error.status, error.code) == (504, "deadline_exceeded")
+    assert error.message == "too late"
+    assert finish == Finish("deadline")
+
+
+def test_deadline_inside_the_answer_breaks_it_off_and_nobody_goes_on() -> None:
+    flow = resuming().machine
+    commands = flow.on(CUT)
+    assert isinstance(commands[-2], BreakAnswer)
+    assert (commands[-2].status, commands[-2].code) == (504, "deadline_exceeded")
+    assert commands[-1] == Finish("deadline")
+
+
+@pytest.mark.parametrize("family", [None, "relay", "rendezvous"])
+def test_hedge_that_speaks_first_ends_all_other_calls(family: Family | None) -> None:
+    flow = Flow()
+    opened = flow.on(Started(family))
+    *cancelled, adopted = flow.on(HedgeAnswers())
+    assert len(cancelled) == len(opened)
+    assert all(isinstance(command, Cancel) for command in cancelled)
+    assert adopted == Adopt()
+    assert flow.on(DecodeStarted()) == [StartAnswer()]
+    assert flow.on(DecodeEnded()) == [CompleteAnswer(), Finish("ok")]
+
+
+def test_hedge_that_fails_after_it_spoke_is_retried_like_any_other() -> None:
+    flow = Flow()
+    flow.on(Started(None))
+    flow.on(HedgeAnswers())
+    assert SendLocal(elsewhere=True) in flow.on(DecodeFailed("closed", ""))
+
+
 def test_event_that_cannot_happen_is_our_bug() -> None:
     with pytest.raises(LocalProtocolError, match="DecodeEnded"):
         Flow().on(DecodeEnded())
@@ -368,6 +415,8 @@ def test_nothing_happens_after_the_end() -> None:
     ended.on(ClientGone()).expect()
     ended.on(DecodeFailed("closed", "late")).expect()
 
+
+CUT = CutOff("too late", 504, "deadline_exceeded", "deadline")
 
 EVENTS: tuple[Event, ...] = (
     PrefillAnswered(PARAMS),
@@ -382,6 +431,8 @@ EVENTS: tuple[Event, ...] = (
     NotResumable("no other worker"),
     AllSaid(),
     ClientGone(),
+    CUT,
+    HedgeAnswers(),
 )
 
 
@@ -392,6 +443,7 @@ class Executor:
         self.open: set[str] = set()
         self.finished = 0
         self.started = self.closed = self.continued = 0
+        self.hedged = False
 
     def run(self, commands: list[Command]) -> None:
         for command in commands:
@@ -401,6 +453,10 @@ class Executor:
                 case SendDecode() | SendLocal() | Resume():
                     assert "decode" not in self.open
                     self.open.add("decode")
+                case Adopt():
+                    assert "decode" not in self.open
+                    self.open.add("decode")
+                    self.hedged = True
                 case Cancel(side):
                     self.open.discard(side)
                 case StartAnswer():
@@ -431,6 +487,8 @@ class Executor:
                 return state is State.RESUME or (state is State.STREAM and self.continued > 0)
             case AllSaid():
                 return state is State.RESUME
+            case HedgeAnswers():
+                return state in NOT_BEGUN and not self.hedged
         return True
 
     def over(self, event: Event) -> None:

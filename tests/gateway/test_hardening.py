@@ -369,7 +369,7 @@ def test_exception_in_a_sweep_does_not_end_the_gateway(
         raise RuntimeError("injected")
 
     target, name = {
-        "exchange": (Exchange, "_expire"),
+        "exchange": (Exchange, "_expire_decode"),
         "client": (ClientConnection, "expire"),
         "ledger": (HandoffLedger, "sweep"),
         "pool": (WorkerPool, "sweep"),
