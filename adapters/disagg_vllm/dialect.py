@@ -48,6 +48,9 @@ PARSED = (
 """Fields whose effect depends on where the answer began: text that is held back or parsed, and
 penalties that count the answer's tokens only. ``repetition_penalty`` counts the prompt's too."""
 
+ZERO_IS_A_WISH = ("logprobs", "truncate_prompt_tokens", "thinking_token_budget")
+"""Those of them of which 0 asks for something; ``false`` does not."""
+
 COMPLETION_TOKENS = 16
 """What vLLM 0.32 writes at most for a completion that names no bound
 (``CompletionRequest.max_tokens``)."""
@@ -166,9 +169,17 @@ class VllmDialect:
     def unresumable(self, body: Body, *, chat: bool) -> str | None:
         """Return why another vLLM worker could not go on with the answer, or None."""
         for key in PARSED:
-            if body.get(key):
+            value = body.get(key)
+            if value or (key in ZERO_IS_A_WISH and type(value) is int):
                 return key
         return not_splittable(body)
+
+    def output_bound(self, body: Body, *, chat: bool) -> int | None:
+        """Return how many tokens vLLM writes at most, or None where only the context bounds it."""
+        for key in ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",):
+            if isinstance(bound := body.get(key), int):
+                return bound
+        return None if chat else COMPLETION_TOKENS
 
     def resumable_body(self, body: Body) -> Body:
         """Return ``body`` with the wish for token ids."""
@@ -183,17 +194,15 @@ class VllmDialect:
         Raises:
             LocalProtocolError: The answer has reached its bound.
         """
+        bound = self.output_bound(body, chat=chat)
+        if bound is not None and bound <= len(ids):
+            raise LocalProtocolError(f"all {bound} tokens were written, the end is missing")
         clean = with_ids(self.local_body(body))
-        bounded = False
         for key in ("max_completion_tokens", "max_tokens"):
-            bound = body.get(key)
-            if isinstance(bound, int):
-                bounded = True
-                clean[key] = bound - len(ids)
-                if bound <= len(ids):
-                    raise LocalProtocolError(f"all {bound} tokens were written, the end is missing")
-        if not chat and not bounded:
-            clean["max_tokens"] = max(1, COMPLETION_TOKENS - len(ids))
+            if isinstance(asked := body.get(key), int):
+                clean[key] = max(1, asked - len(ids))
+        if bound is not None and not chat:
+            clean["max_tokens"] = bound - len(ids)
         if isinstance(least := body.get("min_tokens"), int):
             clean["min_tokens"] = max(0, least - len(ids))
         if chat:

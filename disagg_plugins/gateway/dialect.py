@@ -140,6 +140,10 @@ class ResumingDialect(Protocol):
         """Return why an answer to ``body`` could not go on as if nothing had been, or None."""
         ...
 
+    def output_bound(self, body: Body, *, chat: bool) -> int | None:
+        """Return how many tokens the answer to ``body`` has at most, or None: no fixed number."""
+        ...
+
     def resumable_body(self, body: Body) -> Body:
         """Return a body, for either kind of decode call, that also asks for token ids."""
         ...

@@ -12,7 +12,7 @@ from disagg_plugins.errors import LocalProtocolError
 from disagg_plugins.gateway.dialect import ResumingDialect
 from disagg_plugins.gateway.openai import CHAT
 from disagg_plugins.gateway.sse import StreamEnd, failed_at_once
-from disagg_plugins.gateway.trail import MAX_PROMPT_TOKENS, Resumed, Trail, closing
+from disagg_plugins.gateway.trail import MAX_PROMPT_TOKENS, Resumed, Trail, closing, finishing
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, Dialect
@@ -39,13 +39,14 @@ class Resumption:
         tried: Names of workers that failed at it; they are not asked again.
     """
 
-    __slots__ = ("_parsed", "_resumed", "_why_not", "times", "trail", "tried")
+    __slots__ = ("_bound", "_parsed", "_resumed", "_why_not", "times", "trail", "tried")
 
     def __init__(self, parsed: ParsedRequest, policy: GatewayPolicy) -> None:
         self.times = policy.resumes if policy.resume and parsed.stream else 0
         self.trail: Trail | None = None
         self.tried: list[str] = []
         self._parsed = parsed
+        self._bound: int | None = None
         self._resumed: Resumed | None = None
         self._why_not: str | None = "its events were not looked at"
 
@@ -67,6 +68,7 @@ class Resumption:
             self._why_not = dialect.unresumable(parsed.body, chat=parsed.endpoint == CHAT)
             if self._why_not is None:
                 self.trail = Trail()
+                self._bound = dialect.output_bound(parsed.body, chat=parsed.endpoint == CHAT)
                 return dialect.resumable_body(body)
         return body
 
@@ -94,18 +96,29 @@ class Resumption:
     # When it has failed
 
     def missing_end(self, sse: SseObserver | None) -> bytes | None:
-        """Return what is missing of an answer whose finish reason was sent; None: it was not."""
+        """Return what is missing of an answer whose last token was sent; None: it was not."""
         parsed, trail = self._parsed, self.trail
         said = StreamEnd() if sse is None else sse.end()
-        if said.finish is None or not parsed.single:
+        if not parsed.single:
             return None
+        chat, known = parsed.endpoint == CHAT, trail is not None and trail.problem() is None
+        finish = b""
+        if said.finish is None:
+            if trail is None or not known or not self._at_bound(trail):
+                return None
+            finish = finishing(trail, "length", chat=chat)
         options = parsed.body.get("stream_options")
         usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        if usage and said.output_tokens is None:
-            if trail is None or trail.problem() is not None:
+        if usage and (finish or said.output_tokens is None):
+            if trail is None or not known:
                 return None
-            return closing(trail, usage=True, chat=parsed.endpoint == CHAT)
-        return closing(trail or Trail(), usage=False, chat=parsed.endpoint == CHAT)
+            return finish + closing(trail, usage=True, chat=chat)
+        return finish + closing(trail or Trail(), usage=False, chat=chat)
+
+    def _at_bound(self, trail: Trail) -> bool:
+        """Whether every token that was asked for is there, and with its text."""
+        owes = self._resumed is not None and self._resumed.owes
+        return self._bound is not None and not owes and trail.sure >= self._bound
 
     def obstacle(self) -> str | None:
         """Return why no other worker could go on from what was said, or None."""

@@ -28,10 +28,14 @@ MAX_PROMPT_TOKENS = 50_000
 
 TOO_LONG = "an event that is too long to be looked at"
 
-IDS = b'"token_ids":['
-_PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[([0-9, ]*)\]')
+MAX_ID_DIGITS = 10
+"""Digits of an id; engines keep them in 32 bits, and no vocabulary comes near that."""
 
-_TOKEN_IDS = re.compile(rb'"token_ids":\[([0-9, ]*)\]')
+UNREADABLE = "token ids that cannot be read"
+
+IDS = b'"token_ids":['
+_PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[([^\]]*)\]')
+_LIST = re.compile(rb" *(?:[0-9]{1,10} *(?:, *[0-9]{1,10} *)*)?")
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.encode
@@ -45,51 +49,23 @@ class Trail:
         ids: The ids of the answer.
         sure: How many of them an answer can go on from.
         why_not: Why it cannot go on, or None.
-        pending: Chunks that were forwarded and are not noted yet.
+        noted: How many of them were noted one event at a time. Those after them were appended from
+            outside, each from an event of its own that carries text.
         head: ``id``, ``created`` and ``model`` of the stream's events.
     """
 
-    __slots__ = ("head", "ids", "prompt", "pending", "sure", "unsure", "why_not")
+    __slots__ = ("head", "ids", "noted", "prompt", "sure", "unsure", "why_not")
 
     def __init__(self) -> None:
         self.prompt: list[int] = []
         self.ids = array("l")
-        self.sure = 0
+        self.sure = self.noted = 0
         self.why_not: str | None = None
         self.head: dict[str, object] = {}
         self.unsure: list[bytes] = []
-        self.pending: list[bytes] = []
-
-    def digest(self) -> None:
-        """Note the ids of what is pending: chunks of one event each, framed and with their ids."""
-        events = self.pending[:]
-        self.pending.clear()
-        data = b"".join(events)
-        found = _TOKEN_IDS.findall(data)
-        if len(found) != len(events):
-            self.why_not = "token ids that cannot be read"
-            return
-        self.ids.extend([int(i) for i in b",".join(found).split(b",") if i.strip()])
-        self._look_for_obstacles(data)
-        after, since = len(self.ids), []
-        for event, said in zip(reversed(events), reversed(found), strict=True):
-            count = said.count(b",") + 1 if said.strip() else 0
-            if has_text(event):
-                if count == 1:
-                    self.sure = after
-                    self.unsure.clear()
-                    break
-                since.append(unframed(event))
-            after -= count
-        self._keep_unsure(since[::-1])
 
     def take(self, data: bytes) -> bytes:
         """Note the ids of whole events; return the events without them."""
-        if self.pending:
-            self.digest()
-        return self._take_each(data)
-
-    def _take_each(self, data: bytes) -> bytes:
         if not whole_events(data):
             self.why_not = TOO_LONG
         events = data.replace(b"\r\n", b"\n").split(b"\n\n")
@@ -100,17 +76,19 @@ class Trail:
             self._begin(event)
         found = _PROMPT_IDS.search(event)
         if found is not None:
-            self.prompt = [int(i) for i in found[1].split(b",") if i.strip()]
+            self._note_prompt(read_ids(found[1]))
             event = b'%b"prompt_token_ids":null%b' % (event[: found.start()], event[found.end() :])
         at = event.find(IDS)
-        if at < 0:
-            if has_text(event):
+        end = event.find(b"]", at) if at >= 0 else -1
+        if end < 0:
+            if at >= 0:
+                self.why_not = UNREADABLE
+            elif has_text(event):
                 self.why_not = "the worker's events carry no token ids"
             return event
-        end = event.find(b"]", at)
         said = event[at + 13 : end]
         event = b"%bnull%b" % (event[: at + 12], event[end + 1 :])
-        self._note(event, said)
+        self.note(said, event)
         return event
 
     def _begin(self, event: bytes) -> None:
@@ -118,12 +96,25 @@ class Trail:
         if plain is not None:
             self.head = {k: plain[k] for k in ("id", "created", "model") if k in plain}
 
-    def _note(self, event: bytes, said: bytes) -> None:
-        self.add([int(i) for i in said.split(b",") if i.strip()], event)
+    def _note_prompt(self, ids: list[int] | None) -> None:
+        if ids is None:
+            self.why_not = UNREADABLE
+        else:
+            self.prompt = ids
+
+    def note(self, said: bytes, event: bytes) -> None:
+        """Note what stood between the brackets of an event, which is given without it."""
+        ids = read_ids(said)
+        if ids is None:
+            self.why_not = UNREADABLE
+        else:
+            self.add(ids, event)
 
     def add(self, ids: list[int], event: bytes) -> None:
         """Note the ids of one event, which is given without them."""
+        self._settle()
         self.ids.extend(ids)
+        self.noted = len(self.ids)
         self._look_for_obstacles(event)
         if self.why_not is not None or not has_text(event):
             return
@@ -133,11 +124,17 @@ class Trail:
         else:
             self._keep_unsure([event])
 
+    def _settle(self) -> None:
+        """Take in what was appended from outside."""
+        if len(self.ids) > self.noted:
+            self.sure = self.noted = len(self.ids)
+            self.unsure.clear()
+
     def _look_for_obstacles(self, data: bytes) -> None:
         if len(self.ids) > MAX_TOKENS:
             self.why_not = f"an answer of more than {MAX_TOKENS} tokens"
             del self.ids[:]
-            self.sure = 0
+            self.sure = self.noted = 0
         if b'"tool_calls":[{' in data:
             self.why_not = "tool calls, which the worker parses"
         elif b'"reasoning":"' in data or b'"reasoning_content":"' in data:
@@ -151,17 +148,18 @@ class Trail:
 
     def problem(self) -> str | None:
         """Return why the answer cannot go on from here, or None."""
-        if self.pending:
-            self.digest()
+        self._settle()
         if self.why_not is None and not self.prompt:
             return "the worker did not tell the ids of the prompt"
         return self.why_not
 
     def cut(self) -> str:
         """Forget the ids that are not sure; return the text that the client has beyond them."""
+        self._settle()
         text = "".join([text_of(read_event(event)) for event in self.unsure])
         self.unsure.clear()
         del self.ids[self.sure :]
+        self.noted = self.sure
         return text
 
     def usage(self) -> dict[str, int]:
@@ -229,12 +227,19 @@ class Resumed:
         if "token_ids" in choice:
             choice["token_ids"] = None
         if isinstance(ids, list):
-            self.trail.add(ids, _event(plain))
+            self._note(ids, _event(plain))
         if self._owed:
             self._skip(choice)
             if self._owed:
                 self.trail.sure = min(self.trail.sure, self._before)
         return _event(plain)
+
+    def _note(self, ids: list[object], event: bytes) -> None:
+        good = [i for i in ids if type(i) is int and 0 <= i < 10**MAX_ID_DIGITS]
+        if len(good) == len(ids):
+            self.trail.add(good, event)
+        else:
+            self.trail.why_not = UNREADABLE
 
     def _skip(self, choice: dict[str, object]) -> None:
         delta = choice.get("delta")
@@ -257,6 +262,13 @@ class Resumed:
             usage["prompt_tokens"] = prompt
             usage["completion_tokens"] = output + self._before
             usage["total_tokens"] = prompt + output + self._before
+
+
+def read_ids(said: bytes) -> list[int] | None:
+    """Return the ids that stand between the brackets of a JSON list, or None where they do not."""
+    if _LIST.fullmatch(said) is None:
+        return None
+    return [int(i) for i in said.split(b",")] if said.strip() else []
 
 
 def unframed(chunk: bytes) -> bytes:
@@ -297,6 +309,14 @@ def text_of(plain: dict[str, object] | None) -> str:
     delta = choice.get("delta")
     text = delta.get("content") if isinstance(delta, dict) else choice.get("text")
     return text if isinstance(text, str) else ""
+
+
+def finishing(trail: Trail, reason: str, *, chat: bool) -> bytes:
+    """Return the event that gives the finish reason of an answer whose text was sent."""
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    text: dict[str, object] = {"delta": {"content": ""}} if chat else {"text": ""}
+    choice = {"index": 0, **text, "logprobs": None, "finish_reason": reason, "stop_reason": None}
+    return _event({**trail.head, "object": kind, "choices": [choice]})
 
 
 def closing(trail: Trail, *, usage: bool, chat: bool) -> bytes:

@@ -14,6 +14,7 @@ from disagg_plugins.policy import GatewayPolicy
 from disagg_plugins.types import Role, Worker
 from disagg_vllm.dialect import VllmDialect
 
+Body = dict[str, object]
 DONE = b"data: [DONE]\n\n"
 WORKER = Worker("d1", "http://127.0.0.1:1", "vllm", Role.DECODE)
 ERROR = b'data: {"error":{"message":"it died","code":500}}\n\n'
@@ -58,6 +59,55 @@ def test_next_worker_is_asked_for_what_follows() -> None:
 def test_answer_at_its_bound_cannot_go_on() -> None:
     with pytest.raises(LocalProtocolError, match="all 1 tokens were written"):
         begun(max_tokens=1).next_body(VllmDialect(), WORKER)
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_answer_at_its_bound_of_which_only_the_end_is_missing_is_ended(usage: bool) -> None:
+    resumption = begun(max_tokens=2, stream_options={"include_usage": usage})
+    assert resumption.missing_end(observed(event("A", [1]))) is None
+    resumption.outgoing(event("B", [2]))
+    missing = resumption.missing_end(observed(event("B", [2]))) or b""
+    finish, *rest = [e for e in missing.split(b"\n\n") if e]
+    (choice,) = json.loads(finish[6:])["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("", "length")
+    assert rest[-1] == b"data: [DONE]"
+    assert [json.loads(e[6:])["usage"]["completion_tokens"] for e in rest[:-1]] == [2] * usage
+
+
+def test_bound_that_no_key_names_is_the_engines() -> None:
+    resumption = begun()
+    for number in range(2, 17):
+        assert resumption.missing_end(observed()) is None
+        resumption.outgoing(event("B", [number]))
+    assert b'"finish_reason":"length"' in (resumption.missing_end(observed()) or b"")
+
+
+def test_answer_at_its_bound_whose_last_text_is_held_back_goes_on() -> None:
+    resumption = begun(max_tokens=2)
+    resumption.outgoing(event("", [2]))
+    assert resumption.missing_end(observed()) is None
+    assert resumption.next_body(VllmDialect(), WORKER).get("max_tokens") == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"logprobs": 0}, {"logprobs": 1}, {"prompt": ["a", "b"]}, {"prompt": ["a"]},
+     {"prompt": [[1, 2]]}, {"prompt": [[1, 2], [3]]}, {"truncate_prompt_tokens": 0}],
+)  # fmt: skip
+def test_wish_that_depends_on_where_the_answer_began_is_not_resumable(more: Body) -> None:
+    resumption = begun(**more)
+    assert resumption.trail is None
+    assert resumption.obstacle() is not None
+
+
+def test_logprobs_turned_off_is_no_wish_for_them() -> None:
+    assert begun(logprobs=False).obstacle() is None
+    assert begun(logprobs=None).obstacle() is None
+
+
+def test_prompt_of_token_ids_goes_on_from_the_ids_that_the_worker_told() -> None:
+    resumption = begun(prompt=[7, 8])
+    assert resumption.next_body(VllmDialect(), WORKER).get("prompt") == [7, 8, 1]
 
 
 @pytest.mark.parametrize(
