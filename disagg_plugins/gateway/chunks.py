@@ -81,7 +81,7 @@ def short_way(
     """
     if trail is None:
         return passing(sse, stamp, send, slow)
-    return stripping(trail, sse, stamp, send, slow) if trail.prompt else None
+    return stripping(trail, sse, stamp, send, slow) if trail.knows_prompt else None
 
 
 def passing(sse: SseObserver, stamp: Callable[[float], None], send: Take, slow: Take) -> TakeChunk:

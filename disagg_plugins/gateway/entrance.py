@@ -340,7 +340,7 @@ class Entrance:
         self._tell(wait.pending, exc)
         return True
 
-    def _tell(self, pending: Pending, exc: NoCapacityError) -> None:
+    def _tell(self, pending: Pending, exc: NoCapacityError | RequestError) -> None:
         """Answer a refusal; when that fails, it must not become the failure of another request.
 
         It may be the arrival of that one that made room here.

@@ -45,7 +45,6 @@ class Trail:
     """The ids of one answer.
 
     Attributes:
-        prompt: The ids of the prompt; empty until they were told.
         ids: The ids of the answer.
         sure: How many of them an answer can go on from.
         why_not: Why it cannot go on, or None.
@@ -54,15 +53,31 @@ class Trail:
         head: ``id``, ``created`` and ``model`` of the stream's events.
     """
 
-    __slots__ = ("head", "ids", "noted", "prompt", "sure", "unsure", "why_not")
+    __slots__ = ("_prompt", "_told", "head", "ids", "noted", "sure", "unsure", "why_not")
 
     def __init__(self) -> None:
-        self.prompt: list[int] = []
+        self._prompt: list[int] = []
+        self._told: bytes | None = None  # the prompt's ids as they came
         self.ids = array("l")
         self.sure = self.noted = 0
         self.why_not: str | None = None
         self.head: dict[str, object] = {}
         self.unsure: list[bytes] = []
+
+    @property
+    def knows_prompt(self) -> bool:
+        """Whether the ids of the prompt were told."""
+        return bool(self._told)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The ids of the prompt; empty where they were not told, or cannot be read.
+
+        Hardly any answer has to go on elsewhere, so they are read when somebody asks.
+        """
+        if self._told and not self._prompt:
+            self._prompt = read_ids(self._told) or []
+        return self._prompt
 
     def take(self, data: bytes) -> bytes:
         """Note the ids of whole events; return the events without them."""
@@ -72,12 +87,11 @@ class Trail:
         return b"\n\n".join([self._take_one(event) if event else event for event in events])
 
     def _take_one(self, event: bytes) -> bytes:
+        if (found := _PROMPT_IDS.search(event)) is not None:
+            self._told = found[1]
+            event = b'%b"prompt_token_ids":null%b' % (event[: found.start()], event[found.end() :])
         if not self.head:
             self._begin(event)
-        found = _PROMPT_IDS.search(event)
-        if found is not None:
-            self._note_prompt(read_ids(found[1]))
-            event = b'%b"prompt_token_ids":null%b' % (event[: found.start()], event[found.end() :])
         at = event.find(IDS)
         end = event.find(b"]", at) if at >= 0 else -1
         if end < 0:
@@ -95,12 +109,6 @@ class Trail:
         plain = read_event(event)
         if plain is not None:
             self.head = {k: plain[k] for k in ("id", "created", "model") if k in plain}
-
-    def _note_prompt(self, ids: list[int] | None) -> None:
-        if ids is None:
-            self.why_not = UNREADABLE
-        else:
-            self.prompt = ids
 
     def note(self, said: bytes, event: bytes) -> None:
         """Note what stood between the brackets of an event, which is given without it."""
@@ -150,7 +158,7 @@ class Trail:
         """Return why the answer cannot go on from here, or None."""
         self._settle()
         if self.why_not is None and not self.prompt:
-            return "the worker did not tell the ids of the prompt"
+            return UNREADABLE if self._told else "the worker did not tell the ids of the prompt"
         return self.why_not
 
     def cut(self) -> str:
