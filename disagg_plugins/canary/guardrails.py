@@ -1,0 +1,249 @@
+"""All guardrails together: the evidence of both arms, and what to do about it (pure)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from disagg_plugins.canary.comparison import QuantileComparison, mean_above, mean_below
+from disagg_plugins.canary.confidence import (
+    Share,
+    quantile_estimate,
+    quantile_interval,
+    share_interval,
+)
+from disagg_plugins.canary.guardrail import Answer, Figure, Guardrail, Verdict, verdict
+from disagg_plugins.canary.histogram import Histogram
+from disagg_plugins.canary.metrics import ARMS, METRICS, Arm
+from disagg_plugins.canary.state import known, number
+from disagg_plugins.errors import ConfigError, DamagedState
+
+if TYPE_CHECKING:
+    from disagg_plugins.canary.metrics import Outcome
+
+Action = Literal["rollback", "promote", "wait"]
+
+VERSION = 1
+"""Of the stored state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What to do, and why: the reasons that decide it, in words for operators."""
+
+    action: Action
+    reasons: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+class Guardrails:
+    """The evidence of one canary at one time; forgets nothing while it lasts.
+
+    Nothing is kept but counts: how often each metric fell into each bin. Verdicts follow from the
+    counts alone, so those of several gateways, or of one before and after a restart, are merged by
+    adding. A change of margin or level in the middle, after a look at the numbers, would make the
+    promise on errors void: stored evidence is refused then.
+
+    Args:
+        guardrails: Of distinct names, one of them required at least.
+        level: The chance of a false rollback, and that of a false promotion (see ``guardrail``).
+
+    Raises:
+        ConfigError: The guardrails do not go together.
+    """
+
+    def __init__(self, guardrails: Sequence[Guardrail], level: float) -> None:
+        if not 0.0 < level < 1.0:
+            raise ConfigError(f"{level!r} is no chance between 0 and 1", key="level")
+        names = [g.name if g.limit is None else f"{g.name} limit" for g in guardrails]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"named twice: {', '.join(twice)}", key="guardrails")
+        if not any(g.required for g in guardrails):
+            fix = "promotion would wait for nothing"
+            raise ConfigError("no guardrail is required", key="guardrails", fix=fix)
+        self.guardrails = tuple(guardrails)
+        self.level = level
+        self._needed_ok = math.log(1.0 / level)
+        self._needed_worse = math.log(len(guardrails) / level)
+        self._metrics = [METRICS[name] for name in dict.fromkeys(g.metric for g in guardrails)]
+        self._shares: dict[tuple[Arm, str], Share] = {}
+        self._amounts: dict[tuple[Arm, str], Histogram] = {}
+        for metric in self._metrics:
+            for arm in ARMS:
+                if metric.kind == "share":
+                    self._shares[arm, metric.name] = Share()
+                else:
+                    self._amounts[arm, metric.name] = Histogram()
+        self._comparisons = {
+            g.name + g.allowed: QuantileComparison(g.quantile, g.bound)
+            for g in guardrails
+            if g.quantile is not None
+        }
+
+    def observe(self, outcome: Outcome) -> None:
+        """Count one request, in the order that ``cohort`` gives.
+
+        Raises:
+            ValueError: A number of it cannot be (a negative time); nothing is counted then.
+        """
+        found = [(metric, metric.of(outcome)) for metric in self._metrics]
+        for metric, value in found:
+            most = 1.0 if metric.kind == "share" else math.inf
+            if value is not None and not 0.0 <= value <= most:
+                raise ValueError(f"{metric.name} is {value!r}")
+        for metric, value in found:
+            if value is None:
+                continue
+            if metric.kind == "share":
+                self._shares[outcome.arm, metric.name].observe(value)
+            else:
+                self._amounts[outcome.arm, metric.name].observe(value)
+
+    def add(self, arm: Arm, metric: str, counted: Share | Histogram) -> None:
+        """Add what was counted elsewhere of one metric of one arm.
+
+        Raises:
+            ValueError: No guardrail has this metric, or it is counted otherwise.
+        """
+        share, amounts = self._shares.get((arm, metric)), self._amounts.get((arm, metric))
+        if share is not None and isinstance(counted, Share):
+            share.merge(counted)
+        elif amounts is not None and isinstance(counted, Histogram):
+            amounts.merge(counted)
+        else:
+            raise ValueError(f"{metric} of the {arm} is not counted as {type(counted).__name__}")
+
+    def merge(self, other: Guardrails) -> None:
+        """Add what another gateway counted of the same canary.
+
+        Raises:
+            ValueError: It has other guardrails.
+        """
+        if (other.guardrails, other.level) != (self.guardrails, self.level):
+            raise ValueError("the evidence of other guardrails cannot be added")
+        for key, share in self._shares.items():
+            share.merge(other._shares[key])
+        for key, amounts in self._amounts.items():
+            amounts.merge(other._amounts[key])
+
+    def decide(self) -> Action:
+        """Return what to do; cheap enough for every request, most of all while it is open."""
+        answers = [(g, self._answer(g)) for g in self.guardrails]
+        return _action(answers)
+
+    def judge(self) -> Judgement:
+        """Return what to do with all the numbers; some milliseconds a guardrail."""
+        verdicts = tuple(self._verdict(g) for g in self.guardrails)
+        action = _action([(v.guardrail, v.answer) for v in verdicts])
+        if action == "rollback":
+            deciding = [v for v in verdicts if v.answer == "worse"]
+        elif action == "wait":
+            deciding = [v for v in verdicts if v.answer == "open" and v.guardrail.required]
+        else:
+            deciding = [v for v in verdicts if v.guardrail.required]
+        return Judgement(action, tuple(v.reason for v in deciding), verdicts)
+
+    def _answer(self, guardrail: Guardrail) -> Answer:
+        name, bound = guardrail.metric, guardrail.bound
+        fixed = guardrail.limit is not None
+        above = below = False
+        if guardrail.quantile is None:
+            shares = self._shares["baseline", name], self._shares["candidate", name]
+            if not _enough(guardrail, shares[0].count, shares[1].count, fixed):
+                return "open"
+            up, down = self._needed(guardrail)
+            above = mean_above(*shares, bound, up)
+            below = not above and mean_below(*shares, bound, down)
+        else:
+            amounts = self._amounts["baseline", name], self._amounts["candidate", name]
+            if not _enough(guardrail, amounts[0].count, amounts[1].count, fixed):
+                return "open"
+            up, down = self._needed(guardrail)
+            comparison = self._comparisons[guardrail.name + guardrail.allowed]
+            above = comparison.above(*amounts, up)
+            below = not above and comparison.below(*amounts, down)
+        if not above and not below:
+            return "open"
+        return "worse" if above == guardrail.lower_is_better else "ok"
+
+    def _needed(self, guardrail: Guardrail) -> tuple[float, float]:
+        """Return the evidence needed for "above" and for "below"."""
+        worse, fine = self._needed_worse, self._needed_ok
+        return (worse, fine) if guardrail.lower_is_better else (fine, worse)
+
+    def _verdict(self, guardrail: Guardrail) -> Verdict:
+        baseline = None if guardrail.limit is not None else self.figure(guardrail, "baseline")
+        candidate = self.figure(guardrail, "candidate")
+        return verdict(guardrail, self._answer(guardrail), baseline, candidate)
+
+    def figure(self, guardrail: Guardrail, arm: Arm) -> Figure:
+        """Return what is known of one arm, with the interval at ``level``."""
+        if guardrail.quantile is None:
+            share = self._shares[arm, guardrail.metric]
+            interval = share_interval(share, self.level)
+            return Figure(share.count, share.estimate(), *interval)
+        amounts = self._amounts[arm, guardrail.metric]
+        interval = quantile_interval(amounts, guardrail.quantile, self.level)
+        estimate = quantile_estimate(amounts, guardrail.quantile)
+        return Figure(amounts.count, estimate, *interval)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the evidence as plain values, for JSON."""
+        return {
+            "version": VERSION,
+            "level": self.level,
+            "guardrails": [asdict(g) for g in self.guardrails],
+            **{arm: self._arm(arm) for arm in ARMS},
+        }
+
+    def _arm(self, arm: Arm) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for metric in self._metrics:
+            key = (arm, metric.name)
+            held = self._shares[key] if metric.kind == "share" else self._amounts[key]
+            found[metric.name] = held.as_dict()
+        return found
+
+    @staticmethod
+    def from_dict(state: object, guardrails: Sequence[Guardrail], level: float) -> Guardrails:
+        """Return the evidence of ``as_dict``, for the same guardrails and level.
+
+        Raises:
+            DamagedState: It is anything else, or was gathered for others.
+            ConfigError: See the class.
+        """
+        result = Guardrails(guardrails, level)
+        plain = known(state, ("version", "level", "guardrails", *ARMS), "the canary's evidence")
+        if plain["version"] != VERSION or type(plain["version"]) is not int:
+            raise DamagedState(f"its version is {plain['version']!r}, not {VERSION}")
+        if number(plain["level"], 0.0, 1.0, "the level") != level:
+            raise DamagedState(f"it was gathered at level {plain['level']!r}, not {level!r}")
+        if plain["guardrails"] != [asdict(g) for g in guardrails]:
+            raise DamagedState("it was gathered for other guardrails")
+        for arm in ARMS:
+            result._load(arm, plain[arm])
+        return result
+
+    def _load(self, arm: Arm, state: object) -> None:
+        names = [metric.name for metric in self._metrics]
+        plain: Mapping[str, object] = known(state, names, f"the evidence of the {arm}")
+        for metric in self._metrics:
+            if metric.kind == "share":
+                self._shares[arm, metric.name] = Share.from_dict(plain[metric.name])
+            else:
+                self._amounts[arm, metric.name] = Histogram.from_dict(plain[metric.name])
+
+
+def _enough(guardrail: Guardrail, baseline: int, candidate: int, fixed: bool) -> bool:
+    return candidate >= guardrail.min_samples and (fixed or baseline >= guardrail.min_samples)
+
+
+def _action(answers: Sequence[tuple[Guardrail, Answer]]) -> Action:
+    if any(answer == "worse" for _, answer in answers):
+        return "rollback"
+    if all(answer == "ok" for guardrail, answer in answers if guardrail.required):
+        return "promote"
+    return "wait"
