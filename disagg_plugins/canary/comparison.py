@@ -15,6 +15,7 @@ tried, each rounded to the side that proves less.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -109,22 +110,44 @@ def _least_reaches(
     if low > high:
         return True
     wanted = needed + SLACK
-    if min(evidence(low), evidence(high)) < wanted:
+    at_low, at_high = evidence(low), evidence(high)
+    if min(at_low, at_high) < wanted:
         return False
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     at_left, at_right = evidence(left), evidence(right)
     for _ in range(SHRINKS):
         if min(at_left, at_right) < wanted:
             return False
+        if _floor((low, left, right, high), (at_low, at_left, at_right, at_high)) >= wanted:
+            return True
         if at_left < at_right:
-            high, right, at_right = right, left, at_left
+            high, at_high, right, at_right = right, at_right, left, at_left
             left = high - GOLDEN * (high - low)
             at_left = evidence(left)
         else:
-            low, left, at_left = left, right, at_right
+            low, at_low, left, at_left = left, at_left, right, at_right
             right = low + GOLDEN * (high - low)
             at_right = evidence(right)
     return min(at_left, at_right) >= wanted
+
+
+def _floor(
+    at: tuple[float, float, float, float], value: tuple[float, float, float, float]
+) -> float:
+    """Return what a convex function cannot go below between the outer two of four points.
+
+    Outside two points it lies above the line through them.
+    """
+    low, left, right, high = at
+    if not low < left < right < high:
+        return -math.inf
+    inner = (value[2] - value[1]) / (right - left)
+    outer = min(value[1] - inner * (left - low), value[2] + inner * (high - right))
+    fall = min(0.0, (value[1] - value[0]) / (left - low))
+    rise = max(0.0, (value[3] - value[2]) / (high - right))
+    gap = right - left
+    # between the middle two both outer lines hold; each alone is the least at its far end
+    return min(outer, max(value[1] + fall * gap, value[2] - rise * gap))
 
 
 class QuantileComparison:

@@ -66,6 +66,8 @@ class Guardrails:
             raise ConfigError("no guardrail is required", key="guardrails", fix=fix)
         self.guardrails = tuple(guardrails)
         self.level = level
+        self._required = [g for g in guardrails if g.required]
+        self._last_open = self._required[0]
         self._needed_ok = math.log(1.0 / level)
         self._needed_worse = math.log(len(guardrails) / level)
         self._metrics = [METRICS[name] for name in dict.fromkeys(g.metric for g in guardrails)]
@@ -78,9 +80,7 @@ class Guardrails:
                 else:
                     self._amounts[arm, metric.name] = Histogram()
         self._comparisons = {
-            g.name + g.allowed: QuantileComparison(g.quantile, g.bound)
-            for g in guardrails
-            if g.quantile is not None
+            g: QuantileComparison(g.quantile, g.bound) for g in guardrails if g.quantile is not None
         }
 
     def observe(self, outcome: Outcome) -> None:
@@ -130,9 +130,15 @@ class Guardrails:
             amounts.merge(other._amounts[key])
 
     def decide(self) -> Action:
-        """Return what to do; cheap enough for every request, most of all while it is open."""
-        answers = [(g, self._answer(g)) for g in self.guardrails]
-        return _action(answers)
+        """Return what to do; cheap enough for every request while nothing is decided."""
+        if any(self._is(g, "worse") for g in self.guardrails):
+            return "rollback"
+        # what was open at the last look is so at most others: nothing else need be asked then
+        for guardrail in sorted(self._required, key=self._last_open.__ne__):
+            if not self._is(guardrail, "ok"):
+                self._last_open = guardrail
+                return "wait"
+        return "promote"
 
     def judge(self) -> Judgement:
         """Return what to do with all the numbers; some milliseconds a guardrail."""
@@ -147,32 +153,25 @@ class Guardrails:
         return Judgement(action, tuple(v.reason for v in deciding), verdicts)
 
     def _answer(self, guardrail: Guardrail) -> Answer:
+        if self._is(guardrail, "worse"):
+            return "worse"
+        return "ok" if self._is(guardrail, "ok") else "open"
+
+    def _is(self, guardrail: Guardrail, answer: Literal["worse", "ok"]) -> bool:
+        """Return whether so much is proven."""
+        above = (answer == "worse") == guardrail.lower_is_better
+        needed = self._needed_worse if answer == "worse" else self._needed_ok
         name, bound = guardrail.metric, guardrail.bound
-        fixed = guardrail.limit is not None
-        above = below = False
         if guardrail.quantile is None:
             shares = self._shares["baseline", name], self._shares["candidate", name]
-            if not _enough(guardrail, shares[0].count, shares[1].count, fixed):
-                return "open"
-            up, down = self._needed(guardrail)
-            above = mean_above(*shares, bound, up)
-            below = not above and mean_below(*shares, bound, down)
-        else:
-            amounts = self._amounts["baseline", name], self._amounts["candidate", name]
-            if not _enough(guardrail, amounts[0].count, amounts[1].count, fixed):
-                return "open"
-            up, down = self._needed(guardrail)
-            comparison = self._comparisons[guardrail.name + guardrail.allowed]
-            above = comparison.above(*amounts, up)
-            below = not above and comparison.below(*amounts, down)
-        if not above and not below:
-            return "open"
-        return "worse" if above == guardrail.lower_is_better else "ok"
-
-    def _needed(self, guardrail: Guardrail) -> tuple[float, float]:
-        """Return the evidence needed for "above" and for "below"."""
-        worse, fine = self._needed_worse, self._needed_ok
-        return (worse, fine) if guardrail.lower_is_better else (fine, worse)
+            if not _enough(guardrail, shares[0].count, shares[1].count):
+                return False
+            return (mean_above if above else mean_below)(*shares, bound, needed)
+        amounts = self._amounts["baseline", name], self._amounts["candidate", name]
+        if not _enough(guardrail, amounts[0].count, amounts[1].count):
+            return False
+        comparison = self._comparisons[guardrail]
+        return (comparison.above if above else comparison.below)(*amounts, needed)
 
     def _verdict(self, guardrail: Guardrail) -> Verdict:
         baseline = None if guardrail.limit is not None else self.figure(guardrail, "baseline")
@@ -237,8 +236,9 @@ class Guardrails:
                 self._amounts[arm, metric.name] = Histogram.from_dict(plain[metric.name])
 
 
-def _enough(guardrail: Guardrail, baseline: int, candidate: int, fixed: bool) -> bool:
-    return candidate >= guardrail.min_samples and (fixed or baseline >= guardrail.min_samples)
+def _enough(guardrail: Guardrail, baseline: int, candidate: int) -> bool:
+    least = guardrail.min_samples
+    return candidate >= least and (guardrail.limit is not None or baseline >= least)
 
 
 def _action(answers: Sequence[tuple[Guardrail, Answer]]) -> Action:
