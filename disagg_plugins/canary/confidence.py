@@ -7,8 +7,9 @@ side misses with at most half of that. What is paid for it is width (see ``make 
 NAME=sequential``).
 
 What is assumed: each value has the same mean, or quantile, given those before it. Requests that
-queue behind each other are not independent, and load changes over a day; both arms must therefore
-get their requests at random, at the same time, and no verdict is better than that.
+queue behind each other are not independent: ``dependence`` measures how much they share, and the
+evidence is divided by that. Load changes over a day, so both arms must get their requests at
+random and at the same time, and no verdict is better than that.
 """
 
 from __future__ import annotations
@@ -72,8 +73,10 @@ class Share:
         return Share(count, min(number(plain["total"], 0.0, most, "the total of a share"), count))
 
 
-def share_interval(share: Share, level: float) -> tuple[float, float]:
+def share_interval(share: Share, level: float, factor: float = 1.0) -> tuple[float, float]:
     """Return bounds of the mean, of which each is wrong at any time with at most ``level / 2``.
+
+    ``factor`` values are worth one independent one (see ``dependence``).
 
     For coins this is the beta-binomial sequence of Howard et al. 2021 (see ``evidence``). Values
     strictly between 0 and 1 are covered as well, though less tightly than by the betting of
@@ -82,7 +85,7 @@ def share_interval(share: Share, level: float) -> tuple[float, float]:
     if not share.count:
         return 0.0, 1.0
     needed = math.log(2.0 / level)
-    total, count = share.total, share.count
+    total, count = share.total / factor, share.count / factor
     mean = min(1.0, total / count)
     low = high = -1.0
     if log_above(total, count, 0.0) >= needed:
@@ -104,8 +107,12 @@ def share_interval(share: Share, level: float) -> tuple[float, float]:
     return (0.0 if low < 0.0 else low), (1.0 if high < 0.0 else high)
 
 
-def quantile_interval(values: Histogram, quantile: float, level: float) -> tuple[float, float]:
+def quantile_interval(
+    values: Histogram, quantile: float, level: float, factor: float = 1.0
+) -> tuple[float, float]:
     """Return bounds of a quantile; each is wrong at any time with at most ``level / 2``.
+
+    ``factor`` values are worth one independent one (see ``dependence``).
 
     Howard and Ramdas, "Sequential estimation of quantiles with applications to A/B testing and
     best-arm identification", Bernoulli 28(3), 2022: whether a value lies below the true quantile
@@ -120,8 +127,8 @@ def quantile_interval(values: Histogram, quantile: float, level: float) -> tuple
     below = values.below()
     coin = CoinEvidence(quantile)
     # Bin i may hold the quantile while neither "all below it" nor "all up to it" contradicts.
-    not_too_high = coin.log_above(below[:-1], values.count) < needed
-    not_too_low = coin.log_below(below[1:], values.count) < needed
+    not_too_high = coin.log_above(below[:-1], values.count, factor) < needed
+    not_too_low = coin.log_below(below[1:], values.count, factor) < needed
     possible = np.flatnonzero(not_too_high & not_too_low)
     return LOWER[int(possible[0])], UPPER[int(possible[-1])]
 

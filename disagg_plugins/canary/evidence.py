@@ -56,7 +56,7 @@ _ABOVE = tuple((stake, t, math.expm1(t)) for stake, t in zip(LOG_STAKES, TILTS, 
 _BELOW = tuple((stake, -t, math.expm1(-t)) for stake, t in zip(LOG_STAKES, TILTS, strict=True))
 
 
-def log_above(total: float, count: int, mean: float) -> float:
+def log_above(total: float, count: float, mean: float) -> float:
     """Return the log evidence that the true mean lies above ``mean``, for 0 <= mean <= 1.
 
     Grows with ``total``; falls, as a convex function, with ``mean``.
@@ -64,7 +64,7 @@ def log_above(total: float, count: int, mean: float) -> float:
     return _log_sum(total, count, mean, _ABOVE)
 
 
-def log_below(total: float, count: int, mean: float) -> float:
+def log_below(total: float, count: float, mean: float) -> float:
     """Return the log evidence that the true mean lies below ``mean``, for 0 <= mean <= 1.
 
     Falls with ``total``; grows, as a convex function, with ``mean``.
@@ -73,7 +73,7 @@ def log_below(total: float, count: int, mean: float) -> float:
 
 
 def _log_sum(
-    total: float, count: int, mean: float, bets: tuple[tuple[float, float, float], ...]
+    total: float, count: float, mean: float, bets: tuple[tuple[float, float, float], ...]
 ) -> float:
     log1p = math.log1p
     logs = [stake + t * total - count * log1p(mean * growth) for stake, t, growth in bets]
@@ -94,17 +94,17 @@ class CoinEvidence:
         self._up = (tilts, np.log1p(mean * np.expm1(tilts)))
         self._down = (-tilts, np.log1p(mean * np.expm1(-tilts)))
 
-    def log_above(self, totals: Counts, count: int) -> Logs:
-        """Return ``log_above`` of each total."""
-        return self._logs(totals, count, self._up)
+    def log_above(self, totals: Counts, count: int, factor: float = 1.0) -> Logs:
+        """Return ``log_above`` of each total, total and count divided by ``factor``."""
+        return self._logs(totals, count, factor, self._up)
 
-    def log_below(self, totals: Counts, count: int) -> Logs:
-        """Return ``log_below`` of each total."""
-        return self._logs(totals, count, self._down)
+    def log_below(self, totals: Counts, count: int, factor: float = 1.0) -> Logs:
+        """Return ``log_below`` of each total, total and count divided by ``factor``."""
+        return self._logs(totals, count, factor, self._down)
 
-    def _logs(self, totals: Counts, count: int, bets: tuple[Logs, Logs]) -> Logs:
+    def _logs(self, totals: Counts, count: int, factor: float, bets: tuple[Logs, Logs]) -> Logs:
         tilts, costs = bets
-        logs = np.multiply.outer(totals, tilts) + (self._stakes - count * costs)
+        logs = np.multiply.outer(totals, tilts / factor) + (self._stakes - count / factor * costs)
         top = logs.max(axis=1)
         result: Logs = top + np.log(np.exp(logs - top[:, None]).sum(axis=1))
         return result

@@ -28,6 +28,9 @@ from disagg_plugins.errors import ConfigError
 
 Answer = Literal["worse", "ok", "open"]
 
+NOTABLE = 1.1
+"""A factor up to this is not worth telling."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guardrail:
@@ -42,8 +45,10 @@ class Guardrail:
         limit: A fixed limit in place of the baseline: neither ratio nor slack go with it.
         better: Which way is good; None: the metric's own.
         required: Whether promotion waits for its ``ok``; ``worse`` rolls back in any case.
-        min_samples: Least requests of each arm before any verdict: the first ones may meet an
-            engine that still compiles.
+        min_samples: Least requests of each arm before any verdict, in what they are worth as
+            independent ones: of few nobody can tell how much they depend on each other, and the
+            first may meet an engine that still compiles. A latency is watched from its first 40
+            requests on.
 
     Raises:
         ConfigError: These do not go together.
@@ -120,12 +125,24 @@ class Guardrail:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What is known of one arm: the interval holds at any time (see ``confidence``)."""
+    """What is known of one arm: the interval holds at any time (see ``confidence``).
+
+    Attributes:
+        factor: How many of its requests are worth one independent one (see ``dependence``).
+        measured: How many requests the factor was measured on.
+    """
 
     count: int
     estimate: float | None
     low: float
     high: float
+    factor: float = 1.0
+    measured: int = 0
+
+    @property
+    def worth(self) -> float:
+        """How many independent requests its requests are worth."""
+        return self.count / self.factor
 
     def words(self, unit: str) -> str:
         """Return it as ``1.2 s (1.1 to 1.4, 300 requests)``."""
@@ -133,6 +150,8 @@ class Figure:
             return "no request"
         after = f" {unit}" if unit else ""
         requests = "request" if self.count == 1 else "requests"
+        if self.factor > NOTABLE:
+            requests += f" worth {self.worth:.0f} independent ones"
         interval = f"{amount(self.low)} to {amount(self.high)}"
         return f"{amount(self.estimate)}{after} ({interval}, {self.count} {requests})"
 
@@ -184,8 +203,9 @@ def _lacking(guardrail: Guardrail, baseline: Figure | None, candidate: Figure) -
     for arm, figure in (("baseline", baseline), ("candidate", candidate)):
         if figure is None:
             continue
-        if figure.count < guardrail.min_samples:
-            found.append(f"the {arm} has {figure.count} of {guardrail.min_samples} requests needed")
+        if figure.measured / figure.factor < guardrail.min_samples:
+            least, worth = guardrail.min_samples, figure.measured / figure.factor
+            found.append(f"the {arm} has {worth:.0f} of {least} independent requests needed")
         if figure.estimate is not None and math.isinf(figure.estimate):
             share = 1.0 - (guardrail.quantile or 0.0)
             found.append(f"more than {share:.3g} of the {arm}'s requests have no such time")

@@ -8,19 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from disagg_plugins.canary.comparison import QuantileComparison, mean_above, mean_below
-from disagg_plugins.canary.confidence import (
-    Share,
-    quantile_estimate,
-    quantile_interval,
-    share_interval,
-)
 from disagg_plugins.canary.guardrail import Answer, Figure, Guardrail, Verdict, verdict
-from disagg_plugins.canary.histogram import Histogram
 from disagg_plugins.canary.metrics import ARMS, METRICS, Arm
 from disagg_plugins.canary.state import known, number
+from disagg_plugins.canary.tally import AmountTally, ShareTally
 from disagg_plugins.errors import ConfigError, DamagedState
 
 if TYPE_CHECKING:
+    from disagg_plugins.canary.comparison import Factors
+    from disagg_plugins.canary.evidence import Logs
     from disagg_plugins.canary.metrics import Outcome
 
 Action = Literal["rollback", "promote", "wait"]
@@ -41,10 +37,11 @@ class Judgement:
 class Guardrails:
     """The evidence of one canary at one time; forgets nothing while it lasts.
 
-    Nothing is kept but counts: how often each metric fell into each bin. Verdicts follow from the
-    counts alone, so those of several gateways, or of one before and after a restart, are merged by
-    adding. A change of margin or level in the middle, after a look at the numbers, would make the
-    promise on errors void: stored evidence is refused then.
+    Nothing is kept but counts: how often each metric fell into each bin, and how much batches of
+    requests vary. Verdicts follow from the counts alone, so those of several gateways, or of one
+    before and after a restart, are merged by adding. A change of margin or level in the middle,
+    after a look at the numbers, would make the promise on errors void: stored evidence is refused
+    then.
 
     Args:
         guardrails: Of distinct names, one of them required at least.
@@ -71,14 +68,14 @@ class Guardrails:
         self._needed_ok = math.log(1.0 / level)
         self._needed_worse = math.log(len(guardrails) / level)
         self._metrics = [METRICS[name] for name in dict.fromkeys(g.metric for g in guardrails)]
-        self._shares: dict[tuple[Arm, str], Share] = {}
-        self._amounts: dict[tuple[Arm, str], Histogram] = {}
+        self._shares: dict[tuple[Arm, str], ShareTally] = {}
+        self._amounts: dict[tuple[Arm, str], AmountTally] = {}
         for metric in self._metrics:
             for arm in ARMS:
                 if metric.kind == "share":
-                    self._shares[arm, metric.name] = Share()
+                    self._shares[arm, metric.name] = ShareTally()
                 else:
-                    self._amounts[arm, metric.name] = Histogram()
+                    self._amounts[arm, metric.name] = AmountTally(self._quantiles(metric.name))
         self._comparisons = {
             g: QuantileComparison(g.quantile, g.bound) for g in guardrails if g.quantile is not None
         }
@@ -102,19 +99,21 @@ class Guardrails:
             else:
                 self._amounts[outcome.arm, metric.name].observe(value)
 
-    def add(self, arm: Arm, metric: str, counted: Share | Histogram) -> None:
-        """Add what was counted elsewhere of one metric of one arm.
+    def extend(self, arm: Arm, metric: str, values: Logs) -> None:
+        """Count many values of one metric in their order: for recorded requests.
 
         Raises:
-            ValueError: No guardrail has this metric, or it is counted otherwise.
+            ValueError: No guardrail has this metric, or a value cannot be; none is counted then.
         """
-        share, amounts = self._shares.get((arm, metric)), self._amounts.get((arm, metric))
-        if share is not None and isinstance(counted, Share):
-            share.merge(counted)
-        elif amounts is not None and isinstance(counted, Histogram):
-            amounts.merge(counted)
-        else:
-            raise ValueError(f"{metric} of the {arm} is not counted as {type(counted).__name__}")
+        found = self._shares.get((arm, metric)) or self._amounts.get((arm, metric))
+        if found is None:
+            raise ValueError(f"{metric} of the {arm} is not counted")
+        found.extend(values)
+
+    def _quantiles(self, metric: str) -> set[float]:
+        return {
+            g.quantile for g in self.guardrails if g.metric == metric and g.quantile is not None
+        }
 
     def merge(self, other: Guardrails) -> None:
         """Add what another gateway counted of the same canary.
@@ -161,17 +160,21 @@ class Guardrails:
         """Return whether so much is proven."""
         above = (answer == "worse") == guardrail.lower_is_better
         needed = self._needed_worse if answer == "worse" else self._needed_ok
-        name, bound = guardrail.metric, guardrail.bound
+        bound = guardrail.bound
         if guardrail.quantile is None:
-            shares = self._shares["baseline", name], self._shares["candidate", name]
-            if not _enough(guardrail, shares[0].count, shares[1].count):
+            shares = [self._shares[arm, guardrail.metric] for arm in ARMS]
+            factors = shares[0].factor(), shares[1].factor()
+            if not _enough(guardrail, shares[0].measured, shares[1].measured, factors):
                 return False
-            return (mean_above if above else mean_below)(*shares, bound, needed)
-        amounts = self._amounts["baseline", name], self._amounts["candidate", name]
-        if not _enough(guardrail, amounts[0].count, amounts[1].count):
+            judge = mean_above if above else mean_below
+            return judge(shares[0].share, shares[1].share, bound, needed, factors)
+        amounts = [self._amounts[arm, guardrail.metric] for arm in ARMS]
+        factors = amounts[0].factor(guardrail.quantile), amounts[1].factor(guardrail.quantile)
+        if not _enough(guardrail, amounts[0].measured, amounts[1].measured, factors):
             return False
         comparison = self._comparisons[guardrail]
-        return (comparison.above if above else comparison.below)(*amounts, needed)
+        test = comparison.above if above else comparison.below
+        return test(amounts[0].values, amounts[1].values, needed, factors)
 
     def _verdict(self, guardrail: Guardrail) -> Verdict:
         baseline = None if guardrail.limit is not None else self.figure(guardrail, "baseline")
@@ -181,13 +184,8 @@ class Guardrails:
     def figure(self, guardrail: Guardrail, arm: Arm) -> Figure:
         """Return what is known of one arm, with the interval at ``level``."""
         if guardrail.quantile is None:
-            share = self._shares[arm, guardrail.metric]
-            interval = share_interval(share, self.level)
-            return Figure(share.count, share.estimate(), *interval)
-        amounts = self._amounts[arm, guardrail.metric]
-        interval = quantile_interval(amounts, guardrail.quantile, self.level)
-        estimate = quantile_estimate(amounts, guardrail.quantile)
-        return Figure(amounts.count, estimate, *interval)
+            return self._shares[arm, guardrail.metric].figure(self.level)
+        return self._amounts[arm, guardrail.metric].figure(guardrail.quantile, self.level)
 
     def as_dict(self) -> dict[str, object]:
         """Return the evidence as plain values, for JSON."""
@@ -231,14 +229,18 @@ class Guardrails:
         plain: Mapping[str, object] = known(state, names, f"the evidence of the {arm}")
         for metric in self._metrics:
             if metric.kind == "share":
-                self._shares[arm, metric.name] = Share.from_dict(plain[metric.name])
+                self._shares[arm, metric.name] = ShareTally.from_dict(plain[metric.name])
             else:
-                self._amounts[arm, metric.name] = Histogram.from_dict(plain[metric.name])
+                quantiles = self._quantiles(metric.name)
+                self._amounts[arm, metric.name] = AmountTally.from_dict(
+                    plain[metric.name], quantiles
+                )
 
 
-def _enough(guardrail: Guardrail, baseline: int, candidate: int) -> bool:
+def _enough(guardrail: Guardrail, baseline: int, candidate: int, factors: Factors) -> bool:
     least = guardrail.min_samples
-    return candidate >= least and (guardrail.limit is not None or baseline >= least)
+    enough = candidate >= least * factors[1]
+    return enough and (guardrail.limit is not None or baseline >= least * factors[0])
 
 
 def _action(answers: Sequence[tuple[Guardrail, Answer]]) -> Action:

@@ -16,9 +16,9 @@ from disagg_plugins.canary.state import integers, known
 from disagg_plugins.errors import DamagedState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
-    from disagg_plugins.canary.evidence import Counts
+    from disagg_plugins.canary.evidence import Counts, Logs
 
 DECADES = (-4, 4)
 """From 0.1 ms, below which no answer comes over a network, to 10,000 s, beyond every time-out."""
@@ -55,10 +55,10 @@ class Histogram:
         self._below_count = 0
 
     @staticmethod
-    def of(values: Iterable[float]) -> Histogram:
+    def of(values: Sequence[float] | Logs) -> Histogram:
         """Return the histogram of many values; see ``observe``."""
         result = Histogram()
-        array = np.fromiter(values, dtype=np.float64)
+        array = np.asarray(values, dtype=np.float64)
         if array.size and not bool((array >= 0.0).all()):
             raise ValueError("a value is not a number of at least 0")
         bins = np.searchsorted(np.array(EDGES), array, side="right")

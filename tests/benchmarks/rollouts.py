@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from disagg_plugins.canary.confidence import Share
 from disagg_plugins.canary.guardrail import Guardrail
 from disagg_plugins.canary.guardrails import Guardrails
-from disagg_plugins.canary.histogram import EDGES, NUM_BINS, Histogram
-from disagg_plugins.canary.metrics import ARMS, METRICS
+from disagg_plugins.canary.metrics import ARMS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,6 +38,9 @@ class Fault:
 
 
 HEALTHY = Fault()
+
+LEAST = 100
+"""Requests before a verdict."""
 
 
 def normal(rng: np.random.Generator, count: int, memory: float) -> Values:
@@ -81,10 +82,10 @@ def draw(rng: np.random.Generator, count: int, fault: Fault) -> dict[str, Values
 
 
 def looks(most: int) -> list[int]:
-    """Return after how many requests of each arm somebody looks: every 5, later every 2 %."""
-    found = [5]
+    """Return after how many requests of each arm somebody looks: every 10, later every 4 %."""
+    found = [10]
     while found[-1] < most:
-        found.append(min(most, found[-1] + max(5, found[-1] // 50)))
+        found.append(min(most, found[-1] + max(10, found[-1] // 25)))
     return found
 
 
@@ -105,25 +106,11 @@ def rollout(
     healthy = Fault(memory=fault.memory)
     drawn = {arm: draw(rng, most, f) for arm, f in zip(ARMS, (healthy, fault), strict=True)}
     names = {g.metric for g in guardrails}
-    bins = {
-        (arm, name): np.searchsorted(EDGES, drawn[arm][name], side="right")
-        for arm in ARMS
-        for name in names
-        if METRICS[name].kind == "amount"
-    }
     before, action, fooled = 0, "wait", False
     for now in looks(most):
         for arm in ARMS:
             for name in names:
-                if METRICS[name].kind == "share":
-                    part = drawn[arm][name][before:now]
-                    seen.add(arm, name, Share(now - before, float(part.sum())))
-                else:
-                    counted = Histogram()
-                    part_bins = bins[arm, name][before:now]
-                    counted.counts += np.bincount(part_bins, minlength=NUM_BINS)
-                    counted.count = now - before
-                    seen.add(arm, name, counted)
+                seen.extend(arm, name, drawn[arm][name][before:now])
         errors = [float(drawn[arm]["error_rate"][:now].sum()) for arm in ARMS]
         fooled = fooled or (now >= 100 and z_value(errors, now) > 1.645)
         action, before = seen.decide(), now
@@ -150,16 +137,34 @@ def guarded(margin: float, required: str | None = None) -> list[Guardrail]:
     rails: list[Guardrail] = []
     for name in SHAPES:
         rails.append(
-            Guardrail(metric=name, quantile=0.5, ratio=margin, required=required in (None, name))
+            Guardrail(
+                metric=name,
+                quantile=0.5,
+                ratio=margin,
+                required=required in (None, name),
+                min_samples=LEAST,
+            )
         )
     rails += [
         Guardrail(
-            metric="goodput", ratio=1.0 - 0.05 * given, required=required in (None, "goodput")
+            metric="goodput",
+            ratio=1.0 - 0.05 * given,
+            required=required in (None, "goodput"),
+            min_samples=LEAST,
         ),
         Guardrail(
-            metric="error_rate", slack=0.01 * given, required=required in (None, "error_rate")
+            metric="error_rate",
+            slack=0.01 * given,
+            required=required in (None, "error_rate"),
+            min_samples=LEAST,
         ),
         # the tail has few requests, so it needs the wider margin to be decided as soon
-        Guardrail(metric="ttft", quantile=0.99, ratio=1 + 3 * (margin - 1), required=False),
+        Guardrail(
+            metric="ttft",
+            quantile=0.99,
+            ratio=1 + 3 * (margin - 1),
+            required=False,
+            min_samples=LEAST,
+        ),
     ]
     return rails

@@ -73,6 +73,11 @@ def test_a_verdict_tells_the_numbers_of_both_arms_and_what_was_allowed():
     )
 
 
+def test_requests_that_depend_on_each_other_are_told_in_what_they_are_worth():
+    figure = Figure(1_000, 0.1, 0.0, 0.3, 4.0, 1_000)
+    assert figure.words("s") == "0.1 s (0 to 0.3, 1000 requests worth 250 independent ones)"
+
+
 def test_a_fixed_limit_has_no_baseline():
     guardrail = Guardrail(metric="kv_failures", limit=0.02)
     found = verdict(guardrail, "ok", None, Figure(1, 0.0, 0.0, 1.0))
@@ -83,9 +88,9 @@ def test_a_fixed_limit_has_no_baseline():
 
 def test_an_open_verdict_says_what_it_lacks():
     guardrail = Guardrail(metric="ttft", quantile=0.99, min_samples=50)
-    few = Figure(12, None, 0.0, math.inf)
+    few = Figure(12, None, 0.0, math.inf, 1.0, 12)
     broken = Figure(500, math.inf, 1e4, math.inf)
     reason = verdict(guardrail, "open", broken, few).reason
     assert "ttft p99 is not decided: no request" in reason
-    assert "the candidate has 12 of 50 requests needed" in reason
+    assert "the candidate has 12 of 50 independent requests needed" in reason
     assert "more than 0.01 of the baseline's requests have no such time" in reason

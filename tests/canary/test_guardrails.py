@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg_plugins.canary.confidence import Share
 from disagg_plugins.canary.guardrail import Guardrail
 from disagg_plugins.canary.guardrails import Guardrails
-from disagg_plugins.canary.histogram import Histogram
 from disagg_plugins.canary.metrics import Outcome
 from disagg_plugins.errors import ConfigError, DamagedState
 
@@ -99,12 +97,12 @@ def test_there_is_no_verdict_before_the_least_number_of_requests():
     fill(judged, "baseline", 1, 400)
     fill(judged, "candidate", 2, 49, errors=1.0)
     assert judged.decide() == "wait"
-    assert "the candidate has 49 of 50 requests needed" in judged.judge().reasons[0]
+    assert "the candidate has 49 of 50 independent requests needed" in judged.judge().reasons[0]
     fill(judged, "candidate", 3, 1, errors=1.0)
     assert judged.decide() == "rollback"
 
 
-def test_a_candidate_that_fails_every_request_is_rolled_back_within_twenty():
+def test_a_candidate_that_fails_every_request_is_rolled_back_soon():
     judged = Guardrails(ALL, LEVEL)
     fill(judged, "baseline", 1, 500)
     fill(judged, "candidate", 2, 20, errors=1.0)
@@ -122,23 +120,45 @@ def test_a_higher_share_is_worse_or_better_as_declared():
     more = Guardrail(metric="split_share", better="lower", limit=0.5)
     for guardrail, action in ((fewer, "promote"), (more, "rollback")):
         judged = Guardrails([guardrail], LEVEL)
-        judged.add("candidate", "split_share", Share(500, 400.0))
+        judged.extend("candidate", "split_share", np.array([1.0, 1.0, 0.0, 1.0, 1.0] * 100))
         assert judged.decide() == action
 
 
-def test_what_was_counted_elsewhere_is_added_to_its_metric_only():
+def test_values_that_were_recorded_are_added_to_their_metric_only():
     judged = Guardrails([TTFT, ERRORS], LEVEL)
-    judged.add("baseline", "ttft", Histogram.of([1.0, 2.0]))
-    assert judged.figure(TTFT, "baseline").count == 2
+    judged.extend("baseline", "ttft", np.array([1.0, 2.0, math.inf]))
+    assert judged.figure(TTFT, "baseline").count == 3
     assert judged.figure(TTFT, "candidate").count == 0
-    for arm, metric, counted in (
-        ("baseline", "ttft", Share()),
-        ("baseline", "error_rate", Histogram()),
-        ("baseline", "goodput", Share()),
-        ("other", "ttft", Histogram()),
+    assert judged.figure(ERRORS, "baseline").count == 0
+    for arm, metric, value in (
+        ("baseline", "goodput", 1.0),
+        ("other", "ttft", 1.0),
+        ("baseline", "ttft", -1.0),
+        ("baseline", "error_rate", 1.5),
     ):
-        with pytest.raises(ValueError, match="not counted as"):
-            judged.add(arm, metric, counted)
+        with pytest.raises(ValueError, match=r"not counted|value"):
+            judged.extend(arm, metric, np.array([0.5, value]))
+    assert judged.figure(TTFT, "baseline").count == 3
+    assert judged.figure(ERRORS, "baseline").count == 0
+
+
+def test_requests_that_share_one_fate_are_no_proof():
+    """Two thousand slow requests in six bursts are six events, not two thousand."""
+    judged = Guardrails([TTFT], LEVEL)
+    rng = np.random.default_rng(1)
+    judged.extend("baseline", "ttft", rng.lognormal(0, 0.3, 10_000))
+    bursts = np.where(np.arange(10_000) // 333 % 5 == 3, 3.0, 1.0)
+    judged.extend("candidate", "ttft", bursts * rng.lognormal(0, 0.3, 10_000))
+    figure = judged.figure(TTFT, "candidate")
+    assert figure.estimate > 1.3 * judged.figure(TTFT, "baseline").estimate
+    assert figure.factor > 50
+    assert judged.decide() == "wait"
+    assert "independent ones" in judged.judge().reasons[0]
+    scattered = Guardrails([TTFT], LEVEL)
+    scattered.extend("baseline", "ttft", rng.lognormal(0, 0.3, 10_000))
+    shuffled = rng.permutation(bursts) * rng.lognormal(0, 0.3, 10_000)
+    scattered.extend("candidate", "ttft", shuffled)
+    assert scattered.decide() == "rollback"
 
 
 def test_an_impossible_outcome_is_an_error_and_counts_nowhere():
@@ -176,8 +196,13 @@ def test_the_evidence_of_several_gateways_adds_up(first, second):
     for outcome in second + first:
         both.observe(outcome)
     one.merge(other)
-    assert one.as_dict() == both.as_dict()
-    assert one.judge() == both.judge()
+    for guardrail in ALL:
+        for arm in ("baseline", "candidate"):
+            merged, whole = one.figure(guardrail, arm), both.figure(guardrail, arm)
+            assert (merged.count, merged.estimate) == (whole.count, whole.estimate)
+            if merged.factor == whole.factor:  # series that were apart are no one series
+                assert merged.low == pytest.approx(whole.low)
+                assert merged.high == pytest.approx(whole.high)
 
 
 @settings(max_examples=50)
@@ -229,9 +254,10 @@ def change(state, *path, to):
         (("baseline",), None),
         (("baseline",), {}),
         (("candidate", "ttft"), None),
-        (("candidate", "ttft", "counts"), [-1]),
-        (("candidate", "error_rate", "total"), 1e9),
-        (("candidate", "error_rate", "total"), math.nan),
+        (("candidate", "ttft", "values", "counts"), [-1]),
+        (("candidate", "error_rate", "share", "total"), 1e9),
+        (("candidate", "error_rate", "share", "total"), math.nan),
+        (("candidate", "error_rate", "dependence", "merged"), -1),
         (("candidate", "unknown"), {}),
         (("more",), 1),
     ],
