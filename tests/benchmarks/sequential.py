@@ -5,7 +5,7 @@ candidates as good as the baseline, candidates exactly on a margin, and candidat
 of 20 % in one metric. Then compares the widths of intervals that hold at all times with those of
 the usual kind, which hold at one sample size fixed beforehand.
 
-Run: ``make bench NAME=sequential`` (some minutes on two cores). The last line is JSON.
+Run: ``make bench NAME=sequential`` (five minutes on two free cores). The last line is JSON.
 """
 
 from __future__ import annotations
