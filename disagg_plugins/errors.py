@@ -17,7 +17,8 @@
     ├── TransportError            the bytes could not be moved
     ├── PlacementError
     │   └── NoCapacityError       no worker can take the request now
-    └── UnsupportedEngineError    the engine, its version or its model shape is not supported
+    ├── UnsupportedEngineError    the engine, its version or its model shape is not supported
+    └── DamagedState              what was stored of a canary cannot be what was written
 
 Errors carry data as attributes and build their text in ``__str__``: what happened, the values,
 what to do. ``retryable`` says whether the same call may succeed later without a change.
@@ -229,3 +230,14 @@ class NoCapacityError(PlacementError):
 
 class UnsupportedEngineError(DisaggError):
     """The engine, its version or the model's shape is not supported."""
+
+
+class DamagedState(DisaggError):
+    """Stored evidence of a canary is not what was written: going on from it could be wrong."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.problem}; begin the canary anew, without this state"

@@ -1,0 +1,1 @@
+"""Evidence of a canary: metrics of requests, confidence at any time, guardrails (pure)."""
