@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 LEFT_REMEMBERED = 1024
 """Workers that left whose processes are told from those of a later worker of the same name."""
 
+MOST_KV_TOKENS = 1 << 40
+"""No worker holds more; a larger number in a hello is a mistake."""
+
 MAX_RANKS = 256
 """As many as ``handoff.endpoints`` takes of one worker."""
 
@@ -127,7 +130,7 @@ class FleetState:
                 state.worker,
                 capacity=declared.capacity,
                 labels=declared.labels,
-                kv_tokens=declared.kv_tokens,
+                kv_tokens=_room(declared, state.hello),
             ),
         )
 
@@ -406,6 +409,9 @@ class FleetState:
         if endpoint in before and url != state.worker.url:
             return False  # said by the process of a worker that had this name before
         state.hello = hello
+        room = _room(state.declared, hello)
+        if room != state.worker.kv_tokens:
+            self._use(state, replace(state.worker, kv_tokens=room))
         if isinstance(rank, int) and 0 <= rank < MAX_RANKS and isinstance(endpoint, dict):
             state.endpoints[rank] = endpoint
         self._pairs.changed(state.worker)
@@ -484,6 +490,14 @@ def _differing(ours: object, theirs: object, key: str) -> str:
         return ""
     fields = [k for k in ours if ours[k] != theirs.get(k)]
     return "".join(f" ({k} {ours[k]!r:.200} and {theirs.get(k)!r:.200})" for k in fields)
+
+
+def _room(declared: Worker, hello: Mapping[str, object] | None) -> int | None:
+    """Return the KV tokens that a worker holds: as the policy says, else as it said itself."""
+    said = None if hello is None else hello.get("kv_tokens")
+    if declared.kv_tokens is not None or type(said) is not int:
+        return declared.kv_tokens
+    return said if 0 < said <= MOST_KV_TOKENS else None
 
 
 def _could_do(state: WorkerState, role: Role) -> bool:
