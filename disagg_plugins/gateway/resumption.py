@@ -148,7 +148,7 @@ class Resumption:
         return 0 if self.trail is None else len(self.trail.prompt) + len(self.trail.ids)
 
     def ended(self, record: RequestRecord) -> None:
-        """Write down what no single worker knew."""
-        if self.trail is not None and self._resumed is not None:
-            record.prompt_tokens = len(self.trail.prompt)
-            record.output_tokens = len(self.trail.ids)
+        """Write down what no single worker knew, or none was asked to tell."""
+        counts = None if self.trail is None else self.trail.counts
+        if counts is not None and (self._resumed is not None or record.output_tokens is None):
+            record.prompt_tokens, record.output_tokens = counts
