@@ -17,7 +17,7 @@ from disagg_plugins.gateway.dialect import Dialect, pair_family, tells_endpoints
 from disagg_plugins.gateway.pairs import Across, PairProblems
 from disagg_plugins.gateway.role_lists import PHASES, RoleLists
 from disagg_plugins.gateway.worker_state import GONE, NOT_SICK, Work, WorkerState
-from disagg_plugins.types import Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
+from disagg_plugins.types import IDLE, Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
 
 if TYPE_CHECKING:
     from disagg_plugins.telemetry.records import RequestRecord
@@ -170,6 +170,11 @@ class FleetState:
             index = FleetIndex(self._lists.ready, self._names, self._lists.room)
             self._view = FleetView(self.workers, self._loads, self._pairs, index)
         return self._view
+
+    def load(self, name: str) -> WorkerLoad:
+        """Return the load of one worker now; of one that has left, none."""
+        state = self.states.get(name)
+        return IDLE if state is None else state.load()
 
     def _renew(self, name: str) -> None:
         state = self.states[name]
