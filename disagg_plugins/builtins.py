@@ -20,6 +20,7 @@ BUILTINS = {
     "outstanding-tokens": "disagg_plugins.scheduling.outstanding_tokens:OutstandingTokens",
     "kv-room": "disagg_plugins.scheduling.kv_room:KvRoom",
     "transfer-cost": "disagg_plugins.scheduling.transfer_cost:TransferCost",
+    "predicted-time": "disagg_plugins.scheduling.predicted_time:PredictedTime",
     "session-affinity": "disagg_plugins.scheduling.session_affinity:SessionAffinity",
     "power-of-two": "disagg_plugins.scheduling.power_of_two:PowerOfTwo",
     "weighted-random": "disagg_plugins.scheduling.weighted_random:WeightedRandom",

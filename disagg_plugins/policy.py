@@ -331,17 +331,6 @@ class PrefixPolicy(Section):
     )
 
 
-DEFAULT_WEIGHTS = {
-    "least-loaded": 1.0,
-    "prefix-affinity": 0.0,
-    "outstanding-tokens": 0.0,
-    "kv-room": 0.0,
-    "transfer-cost": 0.0,
-    "session-affinity": 0.0,
-}
-"""Weights of the built-in scorers where the policy names none."""
-
-
 class RebalancePolicy(Section):
     """Whether and when workers of role ``both`` change between prefill and decode."""
 
@@ -371,8 +360,8 @@ class SchedulerPolicy(Section):
     split: SplitPolicy = SplitPolicy()
     weights: dict[str, Annotated[float, Field(ge=0, le=1000)]] = Field(
         default_factory=dict,
-        description="Plugin name -> weight of its scores. Where absent: least-loaded 1, the other "
-        "built-in scorers 0, those of other packages 1.",
+        description="Plugin name -> weight of its scores. Where absent: least-loaded 1 (with the "
+        "rule slo predicted-time 1, least-loaded 0.1), other built-in scorers 0, other packages 1.",
     )
     candidates: int = Field(
         default=4,

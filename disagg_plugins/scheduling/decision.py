@@ -12,9 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
-from disagg_plugins.policy import DEFAULT_WEIGHTS, PICKERS, SPLIT_RULES
+from disagg_plugins.policy import PICKERS, SPLIT_RULES
 from disagg_plugins.scheduling.prefill_slots import has_slot
 from disagg_plugins.scheduling.trace import CORE, Trace
+from disagg_plugins.scheduling.weights import weights_of
 from disagg_plugins.types import (
     Decision,
     Disaggregated,
@@ -52,7 +53,7 @@ class Scheduler:
         host.start(policy)
         rules = policy.scheduler
         self._hooks = host.scheduler
-        self._weights = {**DEFAULT_WEIGHTS, **rules.weights}
+        self._weights = weights_of(rules)
         self._weightless = frozenset(name for name, weight in self._weights.items() if weight == 0)
         self._candidates = rules.candidates
         self._prefills = rules.queue.prefills_per_worker

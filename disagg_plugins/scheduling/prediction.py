@@ -141,7 +141,8 @@ def observations(record: Mapping[str, object]) -> Iterator[Observation]:
     """Yield the times that a per-request record tells; of a troubled request none.
 
     - A split request's ``prefill_s`` is the prefill worker's reading. What passes from its answer
-      to the first token is the handoff: moving KV and the first decode step.
+      to the first token is the handoff: moving KV and the first decode step. Where the worker
+      computed the prompt itself instead, that is what a split costs there.
     - A local request's TTFT, from when it was sent, is its decode worker's reading, among the
       answers that are written there.
     - TPOT is the decode worker's step, with the prompts that were read there meanwhile
@@ -166,7 +167,7 @@ def observations(record: Mapping[str, object]) -> Iterator[Observation]:
         if ttft_s > 0.0:
             features = prefill_features(fresh, queued, number("decode_requests"))
             yield Observation("prefill", decode, features, ttft_s)
-    elif isinstance(prefill, str) and record.get("split") == "yes" and prefill_s > 0.0:
+    elif isinstance(prefill, str) and prefill_s > 0.0:
         features = prefill_features(fresh, queued, number("prefill_requests"))
         yield Observation("prefill", prefill, features, prefill_s)
         if ttft_s > 0.0:

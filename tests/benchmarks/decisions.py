@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 from disagg_plugins.gateway.app import GC_YOUNG_OBJECTS
 from disagg_plugins.gateway.fleet import FleetState, Work
 from disagg_plugins.plugins import PluginHost
-from disagg_plugins.policy import DEFAULT_WEIGHTS, Policy, SchedulerPolicy
+from disagg_plugins.policy import Policy, SchedulerPolicy
 from disagg_plugins.scheduling.decision import Scheduler
+from disagg_plugins.scheduling.weights import DEFAULT_WEIGHTS
 from disagg_plugins.types import Disaggregated, RequestProfile, Role, Worker
 from disagg_vllm.dialect import VllmDialect
 

@@ -105,8 +105,17 @@ def test_a_request_that_had_trouble_tells_nothing(trouble):
     assert list(observations(record(**trouble))) == []
 
 
-def test_a_split_that_did_not_happen_tells_neither_of_reading_nor_of_a_handoff():
-    assert set(by_phase(record(split="no: recomputed"))) == {"decode"}
+@pytest.mark.parametrize("split", ["no: nothing loaded", "no: no report"])
+def test_a_split_of_which_nobody_says_that_it_happened_tells_what_it_cost(split):
+    seen = by_phase(record(split=split))
+    assert set(seen) == {"prefill", "handoff", "decode"}
+    assert seen["handoff"].seconds == pytest.approx(0.05)
+
+
+def test_an_answer_whose_tokens_nobody_counted_tells_of_steps_by_its_length():
+    assert by_phase(record(output_tokens=None, e2e_s=2.65))["decode"].features == (
+        decode_features(5.0, 5000 + 1100 + 50.5, 20.0)
+    )
 
 
 @pytest.mark.parametrize("odd", [{}, {"outcome": "ok"}, record(ttft_s="soon", tpot_s=[1])])
