@@ -18,10 +18,11 @@ from disagg_plugins.errors import RolloutRefused
 STEPS = (1, 5, 25, 100)
 BAKE_S = 60.0
 GAP_S = 100.0
-NIGHT = WeeklyFreeze(range(7), 0, 60, UTC)  # the first hour of each day
+NIGHT = WeeklyFreeze(range(7), 0, 5, UTC)  # the first minutes of each day
 DAY_S = 86_400.0
 
-ACTIONS = st.sampled_from(["promote", "promote", "promote", "wait", "rollback", None])
+ACTIONS = st.sampled_from([*["promote"] * 8, "wait", "rollback", None])
+RARELY = st.sampled_from([*[False] * 7, True])
 
 
 class Rules(RuleBasedStateMachine):
@@ -29,7 +30,7 @@ class Rules(RuleBasedStateMachine):
         super().__init__()
         self.plan = Plan(STEPS, BAKE_S, freezes=(NIGHT,), max_gap_s=GAP_S, fingerprint="a")
         self.rollout = Rollout(self.plan)
-        self.wall_s = 20_000 * DAY_S + 3_500.0
+        self.wall_s = 20_000 * DAY_S - 400.0
         self.mono_s = 50.0
         self.log: list[Decision] = []
         # what the test itself keeps count of
@@ -52,15 +53,22 @@ class Rules(RuleBasedStateMachine):
         self.mono_s += seconds
         self.trusted_s += seconds
 
-    @rule(jump_s=st.sampled_from([-DAY_S, -3_600.0, -SKEW_S - 1, SKEW_S + 1, 200.0, 3_600.0]))
-    def the_wall_clock_jumps(self, jump_s):
+    @rule(
+        jump_s=st.sampled_from([-DAY_S, -3_600.0, -SKEW_S - 1, SKEW_S + 1, 200.0, 3_600.0]),
+        really=RARELY,
+    )
+    def the_wall_clock_jumps(self, jump_s, really):
+        if not really:
+            return
         self.wall_s += jump_s
         self.plain = False
         # across a restart nobody can tell it from time that passed
         self.trusted_s += min(max(0.0, jump_s), GAP_S)
 
-    @rule()
-    def the_process_restarts(self):
+    @rule(really=RARELY)
+    def the_process_restarts(self, really):
+        if not really:
+            return
         stored = json.loads(json.dumps(self.rollout.progress.as_dict()))
         self.rollout = Rollout(self.plan, Progress.from_dict(stored))
         self.mono_s = 5.0
@@ -69,6 +77,15 @@ class Rules(RuleBasedStateMachine):
     def the_plan_asks_for_approval_or_not(self):
         self.plan = Plan(STEPS, BAKE_S, not self.plan.approval, (NIGHT,), GAP_S, "a")
         self.rollout = Rollout(self.plan, self.rollout.progress, self.rollout.last)
+
+    @rule(seconds=st.sampled_from([55.0, 59.0, 60.0, 61.0]))
+    def a_good_minute_passes(self, seconds):
+        self.time_passes(seconds)
+        self.somebody_looks("promote")
+
+    @rule(seconds=st.sampled_from([30.0, 60.0, 95.0]))
+    def another_good_minute_passes(self, seconds):
+        self.a_good_minute_passes(seconds)
 
     @rule(action=ACTIONS)
     def somebody_looks(self, action):
@@ -109,9 +126,9 @@ class Rules(RuleBasedStateMachine):
             self.trusted_s = 0.0
             self.plain = True
 
-    @rule()
-    def ann_holds(self):
-        if self.command("hold", "ann", "lunch") is not None:
+    @rule(really=RARELY)
+    def ann_holds(self, really):
+        if really and self.command("hold", "ann", "lunch") is not None:
             self.held, self.approved = True, False
 
     @rule()
@@ -124,9 +141,9 @@ class Rules(RuleBasedStateMachine):
         if self.command("approve", "ann") is not None:
             self.approved = True
 
-    @rule()
-    def ann_aborts(self):
-        if self.command("abort", "ann", "enough") is not None:
+    @rule(really=RARELY)
+    def ann_aborts(self, really):
+        if really and self.command("abort", "ann", "enough") is not None:
             assert self.rollout.progress.weight == 0
 
     @invariant()
@@ -153,4 +170,4 @@ class Rules(RuleBasedStateMachine):
 
 
 TestRules = Rules.TestCase
-TestRules.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestRules.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
