@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence  # noqa: TC003  # pydantic reads it when the models are made
 from dataclasses import asdict
 from datetime import date  # noqa: TC003  # as above
@@ -22,7 +23,7 @@ from disagg_plugins.canary.freeze import (
 )
 from disagg_plugins.canary.rollout import SKEW_S, Plan, steps_problem
 from disagg_plugins.errors import ConfigError
-from disagg_plugins.policy_section import Name, Seconds, SecretSource, Section
+from disagg_plugins.policy_section import VARIABLE_NAME, Name, Seconds, SecretSource, Section
 
 if TYPE_CHECKING:
     from disagg_plugins.canary.guardrail import Guardrail
@@ -30,14 +31,15 @@ if TYPE_CHECKING:
 DAY_S = 86_400.0
 MOST_RULES = 100
 MOST_GUARDRAILS = 50
+DSN_SOURCE = "write postgres: {env: NAME} or postgres: {file: PATH}"
 HEADER_NAME = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$"
 PRIVATE_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie"})
 
 
 def _time_of_day(value: object) -> object:
     # YAML 1.1 reads 18:00 as a number to the base of 60
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 24 * 60:
-        return f"{value // 60:02d}:{value % 60:02d}"
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 100 * 60:
+        value = f"{value // 60:02d}:{value % 60:02d}"
     if isinstance(value, str):
         minutes(value)
     return value
@@ -167,12 +169,17 @@ class CanaryStorePolicy(Section):
         default=5.0, description="Longest wait for it."
     )
 
-    @field_validator("path", mode="before")
+    @field_validator("path", "postgres", mode="before")
     @classmethod
     def _no_dsn(cls, value: object) -> object:
-        if isinstance(value, str) and ("://" in value or "password=" in value):
-            # the value may hold a password, so it is not told
-            raise ValueError("is no path: name a DSN as postgres: {env: NAME} or {file: PATH}")
+        # what stands there may hold a password, so it is not told
+        if isinstance(value, str) and ("://" in value or "=" in value):
+            raise ValueError("a DSN never stands in the policy: " + DSN_SOURCE)
+        if isinstance(value, dict):
+            env, file = value.get("env") or "NAME", value.get("file")
+            named = isinstance(env, str) and re.fullmatch(VARIABLE_NAME, env)
+            if not named or "://" in str(file):
+                raise ValueError("a name is wanted, not the DSN itself: " + DSN_SOURCE)
         return value
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -183,13 +183,15 @@ def _settings(dsn: str, busy_s: float) -> tuple[dict[str, str | int], str]:
     try:
         parsed = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
-        # the error quotes the DSN
+        parsed = {}  # the error quotes the DSN
+    given = {key: str(value) for key, value in parsed.items() if value is not None}
+    if not given or _torn(given):
         raise ConfigError(
             "what it names is no DSN of PostgreSQL",
             key="canary.store.postgres",
-            fix="write postgresql://user:password@host:5432/database",
-        ) from None
-    given = {key: str(value) for key, value in parsed.items() if value is not None}
+            fix="write postgresql://user:password@host:5432/database; in the password write @ as "
+            "%40 and / as %2F",
+        )
     bound_ms = max(1, int(busy_s * 1000))
     options = f"-c statement_timeout={bound_ms} -c lock_timeout={bound_ms}"
     idle = f"-c idle_in_transaction_session_timeout={2 * bound_ms}"
@@ -201,6 +203,16 @@ def _settings(dsn: str, busy_s: float) -> tuple[dict[str, str | int], str]:
         "options": " ".join(filter(None, (given.get("options"), options, idle))),
     }
     return settings, given.get("password", "")
+
+
+def _torn(given: Mapping[str, str]) -> bool:
+    """Return whether a part of a password that was not escaped was read as something else.
+
+    Host, port and database are told in errors.
+    """
+    ports = given.get("port", "").replace(",", "")
+    told = given.get("host", "") + given.get("dbname", "")
+    return "@" in told or not (ports == "" or (ports.isascii() and ports.isdigit()))
 
 
 def _executor(connection: Connection) -> Execute:
