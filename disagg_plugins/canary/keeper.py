@@ -10,8 +10,9 @@ When the memory fails
 Nothing is promoted, and the traffic stays where it was (``View.trouble`` says why): the store may
 be away for a moment, and to drop a candidate that is healthy would move traffic for no reason. But
 a gateway can still see what happens to its own requests: if these alone condemn the candidate, it
-takes its own traffic back at once, and writes the rollback down when the store is back. Evidence
-is counted on meanwhile. Damage is no new beginning: a memory that went back to an earlier state is
+takes its own traffic back at once, and writes the rollback down when the store is back. (That is a
+test of its own, with the level of a step, in each gateway that loses its store.) Evidence is
+counted on meanwhile. Damage is no new beginning: a memory that went back to an earlier state is
 held, or aborted if the rollout was over already.
 """
 
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 from disagg_plugins.canary.guardrails import Guardrails, Judgement
 from disagg_plugins.canary.progress import Progress
 from disagg_plugins.canary.rollout import Rollout
-from disagg_plugins.errors import DamagedState, StoreConflict, StoreError
+from disagg_plugins.errors import ConfigError, DamagedState, StoreConflict, StoreError
 
 if TYPE_CHECKING:
     from disagg_plugins.canary.guardrail import Guardrail
@@ -118,7 +119,7 @@ class Keeper:
                 return self._look(now)
             except StoreConflict:  # others may write between our reading and our writing
                 return self._look(now)
-        except (StoreError, DamagedState) as exc:
+        except (StoreError, DamagedState, ConfigError) as exc:
             self._lease = None
             return self._alone(str(exc))
 

@@ -159,7 +159,7 @@ class PostgresStore(SqlStore):
             yield
         except (psycopg.errors.DataCorrupted, psycopg.errors.IndexCorrupted) as exc:
             raise DamagedState(f"canary store {self.name} is damaged") from exc
-        except psycopg.Error as exc:
+        except (psycopg.Error, OSError) as exc:
             # what libpq says may quote what it was given
             raise StoreUnavailable(self.name, self._without_password(str(exc))) from None
 

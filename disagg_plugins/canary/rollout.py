@@ -21,8 +21,8 @@ ends with ``promote`` alone, never with hold, resume, restart or a change of lea
 promise holds whatever came before it (it is about requests that are still to come), so with each of
 k steps judged at level / k, a candidate that is nowhere worse is rolled back in the whole rollout
 with a chance of at most ``level``, and a bad one passes the first step at which it is bad with a
-chance of at most level / k. That costs log(k) of evidence a step, about a third more requests at
-five steps. A request belongs to the step in which it arrived.
+chance of at most level / k. That costs log(k) of evidence a step: a third to a half more requests
+at five steps. A request belongs to the step in which it arrived.
 
 Clocks
 ------

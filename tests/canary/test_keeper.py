@@ -244,6 +244,18 @@ def test_before_the_memory_was_ever_read_the_baseline_serves_all(site):
     assert view.trouble is not None
 
 
+def test_a_file_that_others_may_read_now_is_trouble_and_no_crash(site, tmp_path):
+    site.start()
+    keeper = site.keeper("a")
+    site.look(keeper)
+    site.store.close()
+    (tmp_path / "canary.sqlite").chmod(0o644)
+    site.pass_s(10.0)
+    view = site.look(keeper, 200)
+    assert view.weight == 10
+    assert "chmod 600" in view.trouble
+
+
 def damage_evidence(site, gateway):
     with site.store.transaction() as execute:
         execute(
