@@ -118,6 +118,13 @@ class WorkerPolicy(Section):
         description="Where its engine publishes KV events (--kv-events-config): tcp://host:port, "
         "or ipc:///path on this host.",
     )
+    kv_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 40,
+        description="Tokens that its KV cache holds, where its server does not say so itself (it "
+        "does with this project's connector).",
+    )
     launch: Launch | None = None
 
     @model_validator(mode="after")
@@ -136,6 +143,7 @@ class WorkerPolicy(Section):
             self.capacity,
             self.labels,
             role_switch=self.role_switch,
+            kv_tokens=self.kv_tokens,
         )
 
 
@@ -288,10 +296,11 @@ class PrefixPolicy(Section):
         default=300.0, description="A prompt is believed cached for this long after it was routed."
     )
     tokens: int = Field(
-        default=262_144,
+        default=65_536,
         ge=64,
         le=1 << 30,
-        description="Tokens believed cached on one worker; less where its KV room is known.",
+        description="Tokens believed cached on one worker whose room is not known. Too many cost "
+        "more than too few: a prompt that is taken for cached is read on a decode worker.",
     )
 
 

@@ -68,7 +68,8 @@ class DisaggKVManager(BaseKVManager):
         pool = HostPool if on_host else DevicePool
         self.pool = pool(kv_pool.k_buffer, kv_pool.v_buffer, identity.layout)
         self.metadata = MetadataRows(queue.metadata_buffers, args.aux_data_ptrs, args.aux_item_lens)
-        self.rank = Rank("sglang", identity, compat.text_identity(server_args), self.settings)
+        text, slots = compat.text_identity(server_args), int(kv_pool.k_buffer[0].shape[0])
+        self.rank = Rank("sglang", identity, text, self.settings, kv_tokens=slots)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="disagg-publish")
         self._loader = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="disagg-load")
 

@@ -70,6 +70,7 @@ def make_worker_side(
         identity,
         text_identity(vllm_config),
         settings,
+        kv_tokens=kv_cache_config.num_blocks * layout.block_size_tokens * ratio,
         unpack=port.unpack,
         on_event=on_event,
     )

@@ -14,7 +14,8 @@ and it may have left because of the waiting or in spite of the speed.
   clients often type on and cancel.
 - ``abandonment``, the share of clients who left before a first token, shows the rest: guard it
   next to ``ttft``.
-- ``tpot`` counts if the record has one: its tokens came at that pace.
+- ``tpot`` counts if the record has one: its tokens came at that pace. One that was counted in
+  pieces does not: two arms may make pieces of different sizes.
 - It is no error, and no failure of an SLO unless that was already missed.
 
 A request that the client got wrong (``rejected``) counts in ``rejection_rate`` alone; an arm that
@@ -251,7 +252,7 @@ def outcome_of(
         arrival_s=record.at_s,
         ended=ended,
         ttft_s=record.ttft_s if record.stream else None,
-        tpot_s=record.tpot_s,
+        tpot_s=record.tpot_s if record.tpot_by == "tokens" else None,
         e2e_s=record.e2e_s,
         output_tokens=record.output_tokens,
         stream=record.stream,

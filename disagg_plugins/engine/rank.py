@@ -63,6 +63,7 @@ class Rank:
         identity: Which rank, with which model and layout.
         text: Digests of tokenizer and chat template, which two workers of a handoff must share.
         settings: What the engine was told.
+        kv_tokens: Tokens that the engine's KV cache holds.
         unpack: Turns packed rows into plain ones; see ``PublicationStore``.
         on_event: Told each step of a publication, beside the plugins and the gateway.
 
@@ -84,12 +85,14 @@ class Rank:
         text: TextIdentity,
         settings: WorkerSettings,
         *,
+        kv_tokens: int,
         unpack: Unpack | None = None,
         on_event: Callable[[HandoffEvent], None] | None = None,
     ) -> None:
         self.engine = engine
         self.identity = identity
         self._text = text
+        self._kv_tokens = kv_tokens
         self._worker = settings.worker
         self._on_event = on_event
         policy = settings.policy.handoff
@@ -213,5 +216,6 @@ class Rank:
             "tokenizer": self._text.tokenizer,
             "chat_template": self._text.chat_template,
             "endpoint": to_json([self.endpoint])[0],
+            "kv_tokens": self._kv_tokens,
             "pid": os.getpid(),
         }

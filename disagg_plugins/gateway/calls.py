@@ -79,8 +79,8 @@ class Calls:
         if side == "decode":
             self.claims.leave(EXPECTED)
         if side != HEDGE:
-            view = gateway.fleet.view()
-            self.surroundings.sent(self._record, self._times, side, worker, view)
+            load = gateway.fleet.load(worker.name)
+            self.surroundings.sent(self._record, self._times, side, worker.name, load)
         self.heard[side] = Heard()
         pool, given = gateway.members.give(worker, work)
         self.claims.note(side, worker.name, given)

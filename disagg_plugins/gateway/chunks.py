@@ -7,6 +7,7 @@ once a token: the order of the comparisons is that of their cost.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -65,6 +66,12 @@ def one_chunk(data: bytes) -> bool:
     size = len(data)
     line = HEADS[size] if size < MAX_HEADS else head(size)
     return data.startswith(line) and data.endswith(END)
+
+
+@functools.lru_cache(maxsize=64)
+def _ends(tail: bytes) -> tuple[bytes, ...]:
+    """Return what stands in place of an id and ``tail``, by the digits of the id."""
+    return tuple(b"null".ljust(n + 2) + tail[1:] for n in range(MAX_ID_DIGITS + 1))
 
 
 def short_way(
@@ -180,6 +187,6 @@ def stripping(
         forms += 1
         lead, middle, tail = data[data.find(b"\n") + 1 : begin], data[text_end:at], data[end:]
         lead_bytes, middle_bytes, tail_bytes = len(lead), len(middle), len(tail)
-        ends = tuple(b"null".ljust(n + 2) + tail[1:] for n in range(MAX_ID_DIGITS + 1))
+        ends = _ends(tail)
 
     return take

@@ -9,7 +9,7 @@ undecoded, so that a copy passes it on byte for byte.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -171,3 +171,17 @@ def pair_family(prefill: Dialect, decode: Dialect) -> Family:
 def tells_endpoints(prefill: Dialect, decode: Dialect) -> bool:
     """Return whether the prefill worker's answer will say where it serves KV."""
     return pair_family(prefill, decode) == "relay" and prefill.answers_endpoints
+
+
+_resuming: dict[type, bool] = {}
+
+
+def resuming(dialect: Dialect | None) -> ResumingDialect | None:
+    """Return the dialect if its engine can go on with an answer, else None.
+
+    What a class can do is looked at once: to look at a protocol takes as long as a hash of a page.
+    """
+    kind = type(dialect)
+    if kind not in _resuming:
+        _resuming[kind] = isinstance(dialect, ResumingDialect)
+    return cast("ResumingDialect", dialect) if _resuming[kind] else None

@@ -17,13 +17,16 @@ from disagg_plugins.gateway.dialect import Dialect, pair_family, tells_endpoints
 from disagg_plugins.gateway.pairs import Across, PairProblems
 from disagg_plugins.gateway.role_lists import PHASES, RoleLists
 from disagg_plugins.gateway.worker_state import GONE, NOT_SICK, Work, WorkerState
-from disagg_plugins.types import Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
+from disagg_plugins.types import IDLE, Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
 
 if TYPE_CHECKING:
     from disagg_plugins.telemetry.records import RequestRecord
 
 LEFT_REMEMBERED = 1024
 """Workers that left whose processes are told from those of a later worker of the same name."""
+
+MOST_KV_TOKENS = 1 << 40
+"""No worker holds more; a larger number in a hello is a mistake."""
 
 MAX_RANKS = 256
 """As many as ``handoff.endpoints`` takes of one worker."""
@@ -127,7 +130,7 @@ class FleetState:
                 state.worker,
                 capacity=declared.capacity,
                 labels=declared.labels,
-                kv_tokens=declared.kv_tokens,
+                kv_tokens=_room(declared, state.hello),
             ),
         )
 
@@ -167,6 +170,11 @@ class FleetState:
             index = FleetIndex(self._lists.ready, self._names, self._lists.room)
             self._view = FleetView(self.workers, self._loads, self._pairs, index)
         return self._view
+
+    def load(self, name: str) -> WorkerLoad:
+        """Return the load of one worker now; of one that has left, none."""
+        state = self.states.get(name)
+        return IDLE if state is None else state.load()
 
     def _renew(self, name: str) -> None:
         state = self.states[name]
@@ -406,6 +414,9 @@ class FleetState:
         if endpoint in before and url != state.worker.url:
             return False  # said by the process of a worker that had this name before
         state.hello = hello
+        room = _room(state.declared, hello)
+        if room != state.worker.kv_tokens:
+            self._use(state, replace(state.worker, kv_tokens=room))
         if isinstance(rank, int) and 0 <= rank < MAX_RANKS and isinstance(endpoint, dict):
             state.endpoints[rank] = endpoint
         self._pairs.changed(state.worker)
@@ -484,6 +495,14 @@ def _differing(ours: object, theirs: object, key: str) -> str:
         return ""
     fields = [k for k in ours if ours[k] != theirs.get(k)]
     return "".join(f" ({k} {ours[k]!r:.200} and {theirs.get(k)!r:.200})" for k in fields)
+
+
+def _room(declared: Worker, hello: Mapping[str, object] | None) -> int | None:
+    """Return the KV tokens that a worker holds: as the policy says, else as it said itself."""
+    said = None if hello is None else hello.get("kv_tokens")
+    if declared.kv_tokens is not None or type(said) is not int:
+        return declared.kv_tokens
+    return said if 0 < said <= MOST_KV_TOKENS else None
 
 
 def _could_do(state: WorkerState, role: Role) -> bool:

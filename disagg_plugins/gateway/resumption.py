@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import LocalProtocolError
-from disagg_plugins.gateway.dialect import ResumingDialect
+from disagg_plugins.gateway.dialect import resuming
 from disagg_plugins.gateway.openai import CHAT
 from disagg_plugins.gateway.sse import StreamEnd, failed_at_once
 from disagg_plugins.gateway.trail import MAX_PROMPT_TOKENS, Resumed, Trail, closing, finishing
@@ -58,18 +58,19 @@ class Resumption:
         if not self.times:
             return body
         parsed = self._parsed
-        if not isinstance(dialect, ResumingDialect):
+        able = resuming(dialect)
+        if able is None:
             self._why_not = f"{worker.engine} workers cannot go on with an answer"
         elif parsed.opaque is not None:
             self._why_not = parsed.opaque
         elif parsed.prompt_tokens > MAX_PROMPT_TOKENS:
             self._why_not = f"a prompt of more than {MAX_PROMPT_TOKENS} tokens"
         else:
-            self._why_not = dialect.unresumable(parsed.body, chat=parsed.endpoint == CHAT)
+            self._why_not = able.unresumable(parsed.body, chat=parsed.endpoint == CHAT)
             if self._why_not is None:
                 self.trail = Trail()
-                self._bound = dialect.output_bound(parsed.body, chat=parsed.endpoint == CHAT)
-                return dialect.resumable_body(body)
+                self._bound = able.output_bound(parsed.body, chat=parsed.endpoint == CHAT)
+                return able.resumable_body(body)
         return body
 
     def outgoing(self, data: bytes) -> bytes:
@@ -135,10 +136,11 @@ class Resumption:
             LocalProtocolError: It could not go on.
         """
         trail, chat = self.trail, self._parsed.endpoint == CHAT
-        if trail is None or not isinstance(dialect, ResumingDialect):
+        able = resuming(dialect)
+        if trail is None or able is None:
             raise LocalProtocolError(f"{worker.engine} workers cannot go on with an answer")
         owed = trail.cut()
-        body = dialect.resume_body(self._parsed.body, trail.prompt, trail.ids.tolist(), chat=chat)
+        body = able.resume_body(self._parsed.body, trail.prompt, trail.ids.tolist(), chat=chat)
         self._resumed = Resumed(trail, owed)
         return body
 
@@ -148,7 +150,7 @@ class Resumption:
         return 0 if self.trail is None else len(self.trail.prompt) + len(self.trail.ids)
 
     def ended(self, record: RequestRecord) -> None:
-        """Write down what no single worker knew."""
-        if self.trail is not None and self._resumed is not None:
-            record.prompt_tokens = len(self.trail.prompt)
-            record.output_tokens = len(self.trail.ids)
+        """Write down what no single worker knew, or none was asked to tell."""
+        counts = None if self.trail is None else self.trail.counts
+        if counts is not None and (self._resumed is not None or record.output_tokens is None):
+            record.prompt_tokens, record.output_tokens = counts

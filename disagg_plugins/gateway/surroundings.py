@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.timeline import Timeline
-    from disagg_plugins.types import Decision, FleetView, Worker
+    from disagg_plugins.types import Decision, WorkerLoad
 
 
 def record_of(parsed: ParsedRequest, decision: Decision, request_id: str) -> RequestRecord:
@@ -55,22 +55,21 @@ class Surroundings:
         self._before = 0
 
     def sent(
-        self, record: RequestRecord, times: Timeline, side: str, worker: Worker, fleet: FleetView
+        self, record: RequestRecord, times: Timeline, side: str, worker: str, load: WorkerLoad
     ) -> None:
-        """A call is about to be sent to ``worker``; ``fleet`` does not know of it yet."""
-        load = fleet.load(worker)
+        """A call is about to be sent to a worker, whose ``load`` does not hold it yet."""
         if record.sent_s is None:
             record.sent_s = monotonic() - times.arrival_s
         if side == "prefill" or record.route == "local":
             record.prefill_queued_tokens = load.prompt_tokens
-            cached = self._cached.get(worker.name, 0)
+            cached = self._cached.get(worker, 0)
             record.prefill_cached_tokens = min(cached, record.prompt_tokens_estimate)
         if side == "prefill":
             record.prefill_requests = load.requests
         else:
             record.decode_requests = load.requests
             record.decode_kv_tokens = load.kv_tokens
-            self._decode = worker.name
+            self._decode = worker
 
     def read(self, record: RequestRecord, worker: str | None) -> None:
         """``worker`` has read the prompt."""

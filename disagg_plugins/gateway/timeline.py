@@ -45,7 +45,9 @@ class Timeline:
             gaps_s = sorted(map(sub, stamps_s[1:], stamps_s))
             record.gaps_s = gaps_s
             metrics.observe("disagg_itl_seconds", route, gaps_s)
-        tokens = record.output_tokens or 0
+        tokens = record.output_tokens
+        if tokens is None:  # nobody told: most engines write a token a piece
+            tokens, record.tpot_by = len(stamps_s), "pieces"
         if record.stream and tokens > 1:
             record.tpot_s = (stamps_s[-1] - stamps_s[0]) / (tokens - 1)
             metrics.observe("disagg_tpot_seconds", route, (record.tpot_s,))

@@ -53,11 +53,12 @@ class Trail:
         head: ``id``, ``created`` and ``model`` of the stream's events.
     """
 
-    __slots__ = ("_prompt", "_told", "head", "ids", "noted", "sure", "unsure", "why_not")
+    __slots__ = ("_lost", "_prompt", "_told", "head", "ids", "noted", "sure", "unsure", "why_not")
 
     def __init__(self) -> None:
         self._prompt: list[int] = []
         self._told: bytes | None = None  # the prompt's ids as they came
+        self._lost = False  # ids are missing
         self.ids = array("l")
         self.sure = self.noted = 0
         self.why_not: str | None = None
@@ -82,7 +83,7 @@ class Trail:
     def take(self, data: bytes) -> bytes:
         """Note the ids of whole events; return the events without them."""
         if not whole_events(data):
-            self.why_not = TOO_LONG
+            self.lose(TOO_LONG)
         events = data.replace(b"\r\n", b"\n").split(b"\n\n")
         return b"\n\n".join([self._take_one(event) if event else event for event in events])
 
@@ -96,9 +97,9 @@ class Trail:
         end = event.find(b"]", at) if at >= 0 else -1
         if end < 0:
             if at >= 0:
-                self.why_not = UNREADABLE
+                self.lose(UNREADABLE)
             elif has_text(event):
-                self.why_not = "the worker's events carry no token ids"
+                self.lose("the worker's events carry no token ids")
             return event
         said = event[at + 13 : end]
         event = b"%bnull%b" % (event[: at + 12], event[end + 1 :])
@@ -114,7 +115,7 @@ class Trail:
         """Note what stood between the brackets of an event, which is given without it."""
         ids = read_ids(said)
         if ids is None:
-            self.why_not = UNREADABLE
+            self.lose(UNREADABLE)
         else:
             self.add(ids, event)
 
@@ -140,7 +141,7 @@ class Trail:
 
     def _look_for_obstacles(self, data: bytes) -> None:
         if len(self.ids) > MAX_TOKENS:
-            self.why_not = f"an answer of more than {MAX_TOKENS} tokens"
+            self.lose(f"an answer of more than {MAX_TOKENS} tokens")
             del self.ids[:]
             self.sure = self.noted = 0
         if b'"tool_calls":[{' in data:
@@ -153,6 +154,18 @@ class Trail:
         if len(self.unsure) > MAX_UNSURE_EVENTS:
             self.why_not = "the worker bundles tokens in every event"
             self.unsure.clear()
+
+    def lose(self, why: str) -> None:
+        """Note that ids are missing: nothing can go on from here, and nobody knows how many."""
+        self.why_not = why
+        self._lost = True
+
+    @property
+    def counts(self) -> tuple[int, int] | None:
+        """Tokens of the prompt and of the answer so far; None where that is not known."""
+        if self._lost or not self._told:
+            return None
+        return self._told.count(b",") + 1, len(self.ids)
 
     def problem(self) -> str | None:
         """Return why the answer cannot go on from here, or None."""
@@ -247,7 +260,7 @@ class Resumed:
         if len(good) == len(ids):
             self.trail.add(good, event)
         else:
-            self.trail.why_not = UNREADABLE
+            self.trail.lose(UNREADABLE)
 
     def _skip(self, choice: dict[str, object]) -> None:
         delta = choice.get("delta")

@@ -185,6 +185,12 @@ class Scheduler:
             workers, why = self._left(profile, role, serving, able, fleet, trace, other)
             if not workers:
                 return None, why
+        if len(workers) == 1:  # nothing is left to choose
+            (only,) = workers
+            with self._lock:
+                self._chosen(role, only.name, fleet)
+            trace.note("chosen", role, ((CORE, only.name),))
+            return only, ""
         scored = self._hooks.score_workers(
             profile, role, workers, fleet, self._weights, trace, other, without=self._weightless
         )

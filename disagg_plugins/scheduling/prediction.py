@@ -173,6 +173,8 @@ def observations(record: Mapping[str, object]) -> Iterator[Observation]:
             rest_s = max(0.0, ttft_s - prefill_s)
             yield Observation("handoff", decode, (1.0, _moved(record) or tokens), rest_s)
     tpot_s, written = number("tpot_s"), number("output_tokens")
+    if tpot_s > 0.0 and not written:  # nobody told; see ``RequestRecord.tpot_by``
+        written = 1.0 + (number("e2e_s") - number("ttft_s")) / tpot_s
     if tpot_s > 0.0 and written > 1.0:
         features = decode_features(
             number("decode_requests") + 1.0,

@@ -105,6 +105,8 @@ class RequestRecord:
     could have known. It changes while a request runs, so it is a sign and no mean.
 
     Attributes:
+        tpot_by: ``tokens``, or ``pieces`` where nobody told how many tokens the answer has: a piece
+            of a stream then counts as one.
         hedge: How a second call for the answer ended: ``won`` (it answered), ``lost``, ``failed``;
             None: there was none.
         sent_s: From arrival to the first call.
@@ -135,6 +137,7 @@ class RequestRecord:
     finish: str | None = None
     ttft_s: float | None = None
     tpot_s: float | None = None
+    tpot_by: str = "tokens"
     e2e_s: float | None = None
     prefill_s: float | None = None
     itl: ItlSummary | None = None

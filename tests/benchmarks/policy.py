@@ -119,7 +119,8 @@ class Bench:
         with ExitStack() as stack:
             running, port = [], self.first_port
             for arm in arms(self.names, workload.prefills):
-                running.append(start_arm(stack, self.folder, arm, port, slo))
+                profile = self.setting.profile
+                running.append(start_arm(stack, self.folder, arm, port, slo, profile))
                 port += len(arm.roles)
             for each in running:
                 each.wait()

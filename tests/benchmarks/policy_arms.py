@@ -19,6 +19,7 @@ import yaml
 
 from disagg_plugins.builtins import BUILTINS
 from disagg_plugins.policy import SchedulerPolicy
+from disagg_plugins.testing.pace import read_profile
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -197,7 +198,9 @@ def start_workers(
     return base, process
 
 
-def start_arm(stack: ExitStack, folder: Path, arm: Arm, first_port: int, slo: Slo) -> Running:
+def start_arm(
+    stack: ExitStack, folder: Path, arm: Arm, first_port: int, slo: Slo, profile: str
+) -> Running:
     """Start the proxy of an arm before workers that run already; ``wait`` until it serves."""
     urls = [f"http://127.0.0.1:{first_port + i}" for i in range(len(arm.roles))]
     port = port_range(2)
@@ -205,19 +208,24 @@ def start_arm(stack: ExitStack, folder: Path, arm: Arm, first_port: int, slo: Sl
         argv, path = _router(arm, port, urls), "/health"
     else:
         policy = folder / f"{arm.name}.yaml"
-        policy.write_text(yaml.safe_dump(_policy(arm, arm.rule, port, urls, slo)))
+        policy.write_text(yaml.safe_dump(_policy(arm, arm.rule, port, urls, slo, profile)))
         argv = [sys.executable, "-m", "disagg_plugins.cli.main", "serve", str(policy)]
         path = "/ready"
     process = _start(stack, argv, folder / f"{arm.name}.log")
     return Running(arm, port, urls, process, path)
 
 
-def _policy(arm: Arm, rule: str, port: int, urls: list[str], slo: Slo) -> dict[str, Any]:
+def _policy(
+    arm: Arm, rule: str, port: int, urls: list[str], slo: Slo, profile: str
+) -> dict[str, Any]:
+    # a real worker says in its hello what its cache holds
+    timing = read_profile(profile)
+    room = timing.cached_blocks * timing.block_tokens
     return {
         "model": "fake-model",
         "fleet": {
             "workers": [
-                {"name": f"w{i}", "url": url, "role": role, "capacity": 4096}
+                {"name": f"w{i}", "url": url, "role": role, "capacity": 4096, "kv_tokens": room}
                 for i, (url, role) in enumerate(zip(urls, arm.roles, strict=True))
             ]
         },

@@ -71,7 +71,7 @@ def test_a_retry_adds_its_own_steps(build: Build) -> None:
 
 
 def test_the_header_comes_only_when_it_is_asked_for(build: Build) -> None:
-    stack = build()
+    stack = build(p0="prefill", d0="decode", d1="decode")
     assert "x-disagg-explain" not in post(stack, LONG, "plain-1")
     told = json.loads(post(stack, LONG, "asked-1", **ASK)["x-disagg-explain"])
     assert told["route"]["prefill"] == "p0"

@@ -160,3 +160,21 @@ def test_pairs_are_judged_alike_one_by_one_and_by_kind() -> None:
     assert problems.get(("d", "p2")) is None
     state.greet("d", {"fingerprint": "aa", "tp_rank": 0, "tp_size": 1})
     assert not problems
+
+
+def test_a_worker_says_how_much_kv_it_holds_unless_the_policy_does() -> None:
+    state = fleet(("a", "vllm", "both"), ("b", "vllm", "both"))
+    a, b = state.workers
+    state.change("b", replace(b, kv_tokens=500))
+    for name in ("a", "b"):
+        state.greet(name, {"kv_tokens": 23_000})
+    assert [state.view().worker(n).kv_tokens for n in ("a", "b")] == [23_000, 500]
+    state.change("a", replace(a, capacity=7))
+    assert [state.view().worker(n).kv_tokens for n in ("a", "b")] == [23_000, 500]
+
+
+@pytest.mark.parametrize("said", [None, "many", -1, 0, True, 1 << 50])
+def test_a_room_that_cannot_be_is_not_believed(said: object) -> None:
+    state = fleet(("a", "vllm", "both"))
+    state.greet("a", {"kv_tokens": said})
+    assert state.view().worker("a").kv_tokens is None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from disagg_plugins.gateway.surroundings import Surroundings
 from disagg_plugins.gateway.timeline import Timeline
 from disagg_plugins.telemetry.records import RequestRecord
-from disagg_plugins.types import FleetView, Role, Worker, WorkerLoad
+from disagg_plugins.types import WorkerLoad
 from tests.gateway.harness import LONG, SHORT, Stack
 
 Build = Callable[..., Stack]
@@ -31,17 +31,12 @@ def record(route: str = "local", tokens: int = 100) -> RequestRecord:
     )
 
 
-def at(name: str, load: WorkerLoad) -> tuple[Worker, FleetView]:
-    worker = Worker(name, "http://127.0.0.1:1", "vllm", Role.BOTH)
-    return worker, FleetView((worker,), {name: load})
-
-
 def test_a_split_request_tells_the_queue_of_one_worker_and_the_batch_of_the_other() -> None:
     told, read = record("disaggregated"), Counter[str]()
     around = Surroundings(read, {"p0": 30, "d0": 90})
-    around.sent(told, Timeline(0.0), "prefill", *at("p0", WorkerLoad(3, 700)))
+    around.sent(told, Timeline(0.0), "prefill", "p0", WorkerLoad(3, 700))
     around.read(told, "p0")
-    around.sent(told, Timeline(0.0), "decode", *at("d0", WorkerLoad(5, 40, kv_tokens=900)))
+    around.sent(told, Timeline(0.0), "decode", "d0", WorkerLoad(5, 40, kv_tokens=900))
     around.answering(told)
     around.ended(told)
     assert (told.prefill_queued_tokens, told.prefill_requests) == (700, 3)
@@ -57,7 +52,7 @@ def test_an_answer_tells_the_prompts_that_were_read_beside_it_but_not_its_own() 
     first, second = record(tokens=100), record(tokens=40)
     arounds = [Surroundings(read, {}) for _ in range(2)]
     for around, told in zip(arounds, (first, second), strict=True):
-        around.sent(told, Timeline(0.0), "decode", *at("d0", WorkerLoad(0, 60)))
+        around.sent(told, Timeline(0.0), "decode", "d0", WorkerLoad(0, 60))
         around.answering(told)
     for around, told in zip(arounds, (first, second), strict=True):
         around.ended(told)
@@ -69,7 +64,7 @@ def test_a_request_that_was_never_answered_tells_of_no_disturbance() -> None:
     told = record()
     told.status = 503
     around = Surroundings(Counter(d0=500), {})
-    around.sent(told, Timeline(0.0), "decode", *at("d0", WorkerLoad()))
+    around.sent(told, Timeline(0.0), "decode", "d0", WorkerLoad())
     around.ended(told)
     assert told.decode_read_tokens == 0
 

@@ -256,3 +256,12 @@ def test_strict_parsers_read_an_event_whose_ids_were_taken_out(decode: Decode) -
 def test_orjson_reads_an_event_whose_ids_were_taken_out() -> None:
     orjson = pytest.importorskip("orjson", reason="orjson is not installed")
     test_strict_parsers_read_an_event_whose_ids_were_taken_out(orjson.loads)
+
+
+def test_tokens_are_counted_as_long_as_no_id_is_missing() -> None:
+    assert Trail().counts is None
+    trail = begun()
+    trail.take(event("b", [6, 7]))
+    assert trail.counts == (2, 3)
+    trail.take(event("c", ["x"]))  # type: ignore[list-item]
+    assert trail.counts is None
