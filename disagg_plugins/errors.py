@@ -18,7 +18,11 @@
     ├── PlacementError
     │   └── NoCapacityError       no worker can take the request now
     ├── UnsupportedEngineError    the engine, its version or its model shape is not supported
-    └── DamagedState              what was stored of a canary cannot be what was written
+    ├── DamagedState              what was stored of a canary cannot be what was written
+    ├── RolloutRefused            a rollout does not allow this command now
+    └── StoreError                the memory of a canary
+        ├── StoreUnavailable      it is locked, full or cannot be reached
+        └── StoreConflict         another gateway wrote meanwhile, or leads now
 
 Errors carry data as attributes and build their text in ``__str__``: what happened, the values,
 what to do. ``retryable`` says whether the same call may succeed later without a change.
@@ -241,3 +245,39 @@ class DamagedState(DisaggError):
 
     def __str__(self) -> str:
         return f"{self.problem}; begin the canary anew, without this state"
+
+
+class RolloutRefused(DisaggError):
+    """A rollout does not allow a command in the state it is in."""
+
+    def __init__(self, command: str, problem: str) -> None:
+        super().__init__(command, problem)
+        self.command = command
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.command} is not possible: {self.problem}"
+
+
+class StoreError(DisaggError):
+    """The memory of a canary did not do what was asked; ``store`` names it, never its password."""
+
+    def __init__(self, store: str, problem: str) -> None:
+        super().__init__(store, problem)
+        self.store = store
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"canary store {self.store}: {self.problem}"
+
+
+class StoreUnavailable(StoreError):
+    """The store is locked, full or out of reach; nothing was written."""
+
+    retryable = True
+
+
+class StoreConflict(StoreError):
+    """Somebody else wrote meanwhile, or leads now; nothing was written: read again."""
+
+    retryable = True

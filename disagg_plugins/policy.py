@@ -1,6 +1,7 @@
 """The policy file: one YAML file that says everything an operator decides.
 
-Every default of the project is written down here and nowhere else. Secrets never stand in the
+Every default of the project is written down here, the canary's in ``canary/policy``, and nowhere
+else. Secrets never stand in the
 file: ``secret`` names an environment variable or a file.
 """
 
@@ -14,21 +15,21 @@ from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     model_validator,
 )
 
+from disagg_plugins.canary.policy import CanaryPolicy
+from disagg_plugins.policy_section import Name as Name
+from disagg_plugins.policy_section import Seconds as Seconds
+from disagg_plugins.policy_section import SecretSource as SecretSource
+from disagg_plugins.policy_section import Section as Section
 from disagg_plugins.types import Role, Worker
 
 MIB = 1 << 20
-VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
 
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
@@ -78,34 +79,6 @@ def _byte_schema(schema: dict[str, JsonValue]) -> None:
 
 ByteCount = Annotated[int, BeforeValidator(_byte_count)]
 """A number of bytes, in a file also with a unit: ``512MiB``."""
-
-
-class Section(BaseModel):
-    """A part of the policy; unknown keys are errors, values do not change once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SecretSource(Section):
-    """Where the shared secret comes from; exactly one of the two.
-
-    The secret is at least 16 bytes after stripping white space at its ends.
-    """
-
-    env: (
-        Annotated[
-            str,
-            Field(description="Name of an environment variable.", pattern=VARIABLE_NAME),
-        ]
-        | None
-    ) = None
-    file: Annotated[Path, Field(description="A file that holds only the secret.")] | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> SecretSource:
-        if (self.env is None) == (self.file is None):
-            raise ValueError("name exactly one of env and file")
-        return self
 
 
 class Launch(Section):
@@ -566,6 +539,7 @@ class Policy(Section):
     gateway: GatewayPolicy = GatewayPolicy()
     plugins: PluginPolicy = PluginPolicy()
     telemetry: TelemetryPolicy = TelemetryPolicy()
+    canary: CanaryPolicy | None = None
 
 
 def load_policy(path: str | Path) -> Policy:

@@ -6,6 +6,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from disagg_plugins.canary.policy_words import canary_advice, canary_sentences
 from disagg_plugins.credentials import read_secret
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.types import Role
@@ -99,6 +100,8 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
     models = sorted({w.launch.model for w in workers if w.launch is not None})
     if len(models) > 1:
         yield f"the fleet launches several models ({', '.join(models)}): these cannot share KV"
+    if policy.canary is not None:
+        yield from canary_advice(policy.canary, base_dir)
 
 
 def engine_advice(policy: Policy, dialects: Mapping[str, Dialect]) -> Iterator[str]:
@@ -202,6 +205,8 @@ def _sentences(policy: Policy) -> Iterator[str]:
         yield f"Not loaded: {', '.join(plugins.disabled)}."
     if policy.telemetry.records is not None:
         yield f"A record of each request is written to {policy.telemetry.records}."
+    if policy.canary is not None:
+        yield from canary_sentences(policy.canary)
 
 
 _ORDERS = {
