@@ -69,9 +69,10 @@ async def serve(
         stop: Set it to end; open requests get ``gateway.drain_s``.
 
     Raises:
-        ConfigError: The port is in use, the records cannot be written, or an engine of the fleet
-            has no dialect.
+        ConfigError: The policy declares a canary, the port is in use, the records cannot be
+            written, or an engine of the fleet has no dialect.
     """
+    _check_canary(policy)
     _check_engines(policy, host)
     records = RecordFile(records_path) if records_path is not None else None
     try:
@@ -176,6 +177,16 @@ class _Insisting:
             log.warning("still running at the end, cancelled again: %r", task)
             task.cancel()
         self.start(running)
+
+
+def _check_canary(policy: Policy) -> None:
+    """Refuse what would be configured and not happen."""
+    if policy.canary is not None:
+        raise ConfigError(
+            "this release divides no traffic: the candidate would get none",
+            key="canary",
+            fix="remove the section; `disagg policy check` reads it, so that it can be prepared",
+        )
 
 
 def _check_engines(policy: Policy, host: PluginHost) -> None:

@@ -52,6 +52,13 @@ def test_engine_without_dialect_is_a_clear_error() -> None:
         start(policy_on(free_port()), dialect=False)
 
 
+def test_a_canary_that_would_get_no_traffic_is_refused_at_the_start() -> None:
+    canary = {"candidate": "split.yaml", "store": {"path": "rollout.db"}}
+    policy = Policy.model_validate({**policy_on(free_port()).model_dump(), "canary": canary})
+    with pytest.raises(ConfigError, match="canary"):
+        start(policy)
+
+
 def test_records_that_cannot_be_written_are_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write records"):
