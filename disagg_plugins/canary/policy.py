@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from disagg_plugins.canary.assignment import Match
 from disagg_plugins.canary.freeze import (
     DAYS,
     DateFreeze,
@@ -219,6 +220,11 @@ class RulePolicy(Section):
             raise ValueError("name at least one of model, header and tenant")
         return self
 
+    def match(self) -> Match:
+        """Return it as the assignment knows it."""
+        header = None if self.header is None else (self.header.name, self.header.value)
+        return Match(self.arm, self.model, self.tenant, header)
+
 
 class ShadowPolicy(Section):
     """Copies of the baseline's requests for the candidate, whose answers nobody gets."""
@@ -274,7 +280,8 @@ class CanaryPolicy(Section):
     )
     sticky: Literal["session", "user", "tenant", "prefix", "request"] = Field(
         default="session",
-        description="What stays at one arm; without it, or as request: each by itself.",
+        description="What stays at one arm. A request without it goes by its session or user, "
+        "and else by itself.",
     )
     rules: list[RulePolicy] = Field(
         default_factory=list, max_length=MOST_RULES, description="Requests that go to a given arm."
