@@ -116,16 +116,20 @@ def _names_alike(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def _drift(one: Answer, other: Answer, common: int) -> float | None:
-    """Return the drift over the first ``common`` positions, all behind the same beginning."""
+    """Return the drift over the first ``common`` positions, all behind the same beginning.
+
+    Over all tokens that both sides name, unlikely ones too: with a head zeroed in half of a prompt
+    of 1,024 tokens, SmolLM2's drift over four tokens a position was above that of a sound pair 93
+    times of 100; over the written token alone, or as a divergence weighted by probability, 84 and
+    90 times.
+    """
     total, count = 0.0, 0
-    sides = zip(one.tokens, other.tokens, one.top, other.top, strict=False)
-    for _, (ours, theirs, our_top, their_top) in zip(range(common), sides, strict=False):
-        for token in {ours, theirs}:
-            if token in our_top and token in their_top:
-                distance = abs(our_top[token] - their_top[token])
-                if math.isfinite(distance):
-                    total += distance
-                    count += 1
+    for _, ours, theirs in zip(range(common), one.top, other.top, strict=False):
+        for token in ours.keys() & theirs.keys():
+            distance = abs(ours[token] - theirs[token])
+            if math.isfinite(distance):
+                total += distance
+                count += 1
     return total / count if count else None
 
 
