@@ -12,7 +12,8 @@ alone would be thinned out by short ones:
   where answers first part. KV that was damaged on its way shows at once, rounding late: so the
   margin is narrower, and early partings condemn long before the rest would.
 - ``drift p50``: the median difference of log-probabilities behind the same beginning, where
-  clients ask for those. It sees damage that turned no token yet.
+  clients ask for those. It sees damage that turned no token yet. Below a floor, which rounding
+  alone may reach, it condemns nobody, however little the baseline drifts.
 
 ``worse`` in any bucket condemns; each of these is judged at level / their number (union bound).
 ``ok`` needs every bucket that has a fair share of the pairs. Verdicts hold however often one looks
@@ -59,8 +60,8 @@ class Allowed:
     Args:
         margin: More of the pairs, from 0 to 1, that may be different.
         early_margin: More of them that may be so within the first tokens.
-        drift_ratio: What the median drift may be of the baseline's,
-        drift_slack: and what more, in log-probability.
+        drift_ratio: What the median drift may be of the baseline's.
+        drift_floor: Up to this it is of no account, in log-probability.
         edges: Prompt tokens at which the next bucket begins, growing.
         min_pairs: Least pairs of each kind in a bucket before any verdict on it, in what they are
             worth as independent ones.
@@ -73,7 +74,7 @@ class Allowed:
     margin: float
     early_margin: float
     drift_ratio: float
-    drift_slack: float
+    drift_floor: float
     edges: tuple[int, ...]
     min_pairs: int
     fair_share: float
@@ -82,8 +83,8 @@ class Allowed:
         for share in (self.margin, self.early_margin, self.fair_share):
             if not 0.0 < share < 1.0:
                 raise ValueError(f"{share!r} is no share between 0 and 1")
-        if not 1.0 <= self.drift_ratio < math.inf or not 0.0 <= self.drift_slack < math.inf:
-            raise ValueError(f"a drift of {self.drift_ratio!r} times, {self.drift_slack!r} more")
+        if not 1.0 <= self.drift_ratio < math.inf or not 0.0 < self.drift_floor < math.inf:
+            raise ValueError(f"a drift of {self.drift_ratio!r} times, from {self.drift_floor!r}")
         rising = all(a < b for a, b in zip((0, *self.edges), self.edges, strict=False))
         if not rising or self.min_pairs < 1:
             raise ValueError(f"edges {self.edges!r}, {self.min_pairs!r} pairs")
@@ -198,9 +199,8 @@ class Parity:
             arm: [_Bucket() for _ in self._names] for arm in ARMS
         }
         self._lost: Counter[Arm] = Counter()
-        self._drift = QuantileComparison(
-            DRIFT_QUANTILE, Bound(allowed.drift_ratio, allowed.drift_slack)
-        )
+        bounds = Bound(allowed.drift_ratio, 0.0), Bound(0.0, allowed.drift_floor)
+        self._drifts = [QuantileComparison(DRIFT_QUANTILE, bound) for bound in bounds]
 
     def observe(self, arm: Arm, prompt_tokens: int, difference: Difference) -> None:
         """Count one pair.
@@ -272,7 +272,7 @@ class Parity:
                     theirs.drift.figure(DRIFT_QUANTILE, self.level),
                 )
                 allowed = self.allowed
-                words = f"{allowed.drift_ratio:g} x the baseline's + {allowed.drift_slack:g}"
+                words = f"{allowed.drift_ratio:g} x the baseline's, and {allowed.drift_floor:g}"
                 yield Finding(DRIFT, name, self._answer(i, DRIFT), *figures, words, False)
 
     def _answer(self, bucket: int, aspect: str) -> Answer:
@@ -304,8 +304,12 @@ class Parity:
             factors = drifts[0].factor(DRIFT_QUANTILE), drifts[1].factor(DRIFT_QUANTILE)
             if any(d.count < least * f for d, f in zip(drifts, factors, strict=True)):
                 return False
-            test = self._drift.above if answer == "worse" else self._drift.below
-            return test(drifts[0].values, drifts[1].values, needed, factors)
+            arms = drifts[0].values, drifts[1].values
+            # above the greater of two bounds is above both; below it, of which each may err half
+            if answer == "worse":
+                return all(c.above(*arms, needed, factors) for c in self._drifts)
+            needed += math.log(2.0)
+            return any(c.below(*arms, needed, factors) for c in self._drifts)
         shares = [row.shares[aspect] for row in rows]
         factors = shares[0].factor(), shares[1].factor()
         if any(s.count < least * f for s, f in zip(shares, factors, strict=True)):

@@ -240,10 +240,10 @@ class ParityPolicy(Section):
         default=0.02, description="More of them that may be so within the first 64 tokens."
     )
     drift_ratio: Annotated[float, Field(ge=1, le=1_000)] = Field(
-        default=1.25, description="What the log-probabilities' median difference may be of theirs,"
+        default=1.25, description="What the log-probabilities' median difference may be of theirs."
     )
-    drift_slack: Annotated[float, Field(ge=0, le=100)] = Field(
-        default=0.01, description="and what more."
+    drift_floor: Annotated[float, Field(gt=0, le=100)] = Field(
+        default=0.08, description="Up to this it is taken for rounding, as bfloat16 has it."
     )
     tie_gap: Annotated[float, Field(ge=0, le=10)] = Field(
         default=0.13,
@@ -276,7 +276,7 @@ class ParityPolicy(Section):
             margin=self.margin,
             early_margin=self.early_margin,
             drift_ratio=self.drift_ratio,
-            drift_slack=self.drift_slack,
+            drift_floor=self.drift_floor,
             edges=tuple(self.prompt_tokens),
             min_pairs=self.min_pairs,
             fair_share=self.fair_share,

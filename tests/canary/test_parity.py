@@ -109,6 +109,14 @@ def test_partings_at_a_tie_are_explained():
     assert filled(pairs).decide() == "ok"
 
 
+@pytest.mark.parametrize(("drift", "answer"), [(0.02, "ok"), (0.05, "worse")])
+def test_drift_below_the_floor_condemns_nobody_however_steady_the_baseline(drift, answer):
+    far = replace(SAME, drift=drift)
+    none = replace(SAME, drift=0.0)
+    parity = filled([("baseline", 100, none, 1), ("candidate", 100, far, 1)] * 200)
+    assert aspects(parity)["drift p50", "prompts below 512 tokens"] == answer
+
+
 def test_a_candidate_that_agrees_more_than_the_baseline_with_itself_is_fine():
     pairs = [("baseline", 100, parted(0), 300), ("candidate", 100, SAME, 300)]
     assert filled(pairs).decide() == "ok"
@@ -224,7 +232,7 @@ def test_evidence_for_other_margins_is_refused():
         {"margin": 0.0},
         {"early_margin": 1.0},
         {"drift_ratio": 0.5},
-        {"drift_slack": -1.0},
+        {"drift_floor": 0.0},
         {"edges": (512, 512)},
         {"edges": (0,)},
         {"min_pairs": 0},

@@ -36,14 +36,12 @@ def double(part: torch.Tensor) -> torch.Tensor:
     return part * 2
 
 
-def swap(part: torch.Tensor) -> torch.Tensor:
-    """Give each pair of neighbouring blocks of 16 tokens the other's place."""
-    tokens = part.shape[1] // 32 * 32
-    part[:, :tokens] = part[:, :tokens].unflatten(1, (-1, 2, 16)).flip(2).flatten(1, 3)
-    return part
+def foreign(part: torch.Tensor) -> torch.Tensor:
+    """Take it from another request: what a wrong entry of a block table does."""
+    return part.roll(1, 0)
 
 
-DAMAGES: dict[str, Damage] = {"zero": zero, "double": double, "swap": swap}
+DAMAGES: dict[str, Damage] = {"zero": zero, "double": double, "foreign": foreign}
 
 
 class Decoder:
@@ -84,10 +82,9 @@ class Decoder:
         for number, layer in enumerate(cache.layers):
             keys, values = layer.keys.clone(), layer.values.clone()
             if damage is not None and number == self.layer:
-                for part in (values,) if damage is swap else (keys, values):
+                for part in (keys, values):
                     behind = part[:, self.head, FIRST_DAMAGED:]
-                    if behind.shape[1]:
-                        part[:, self.head, FIRST_DAMAGED:] = damage(behind.clone())
+                    part[:, self.head, FIRST_DAMAGED:] = damage(behind.clone())
             copy.update(keys, values, number)
         return copy
 
@@ -115,19 +112,19 @@ class Decoder:
         """Yield the answers to each prompt, cut to so many tokens, by how they came about.
 
         ``original`` and ``again`` are the baseline's, ``candidate`` that of a sound candidate;
-        the others are its answers with the damage of that name.
+        the others are its answers with the damage of that name, where the prompt is long enough.
         """
         source = random.Random(seed)
+        damages = DAMAGES if tokens > FIRST_DAMAGED + 1 else {}
         for start in range(0, len(texts), ROWS):
             rows = [self.tokenizer(t).input_ids[:tokens] for t in texts[start : start + ROWS]]
             ids = self.torch.tensor([row for row in rows if len(row) == tokens])
             last = ids[:, -1:]
-            original = self.write(self.read(ids, tokens), last)
-            again = self.write(self.read(ids, source.randint(64, 256)), last)
+            found = {"original": self.write(self.read(ids, tokens), last)}
+            found["again"] = self.write(self.read(ids, source.randint(64, 256)), last)
             kv = self.read(ids, source.randint(64, 256))
-            found = {"original": original, "again": again}
             found["candidate"] = self.write(self.copied(kv), last)
-            for name, damage in DAMAGES.items():
+            for name, damage in damages.items():
                 found[name] = self.write(self.copied(kv, damage), last)
             for row in range(ids.shape[0]):
                 yield {name: answers[row] for name, answers in found.items()}
