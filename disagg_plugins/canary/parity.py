@@ -155,9 +155,13 @@ class Finding:
         }[self.answer]
         return (
             f"parity, {self.aspect}, {self.bucket}: {said}: the candidate's answers "
-            f"{self.candidate.words('')}; the baseline's own {self.baseline.words('')}; "
-            f"allowed {self.allowed}"
+            f"{_pairs(self.candidate)}; the baseline's own {_pairs(self.baseline)}; allowed "
+            f"{self.allowed}"
         )
+
+
+def _pairs(figure: Figure) -> str:
+    return figure.words("").replace("request", "pair")
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ def test_the_reason_has_the_numbers():
         "parity, different, prompts of 2048 to 8191 tokens: worse than allowed: the candidate's "
         "answers 1 ("
     )
-    assert found.reasons[0].endswith("100 requests); allowed 0.03 more of the pairs")
+    assert found.reasons[0].endswith("100 pairs); allowed 0.03 more of the pairs")
 
 
 PAIRS = st.lists(
