@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Why = Literal[
     "not of the baseline",
     "a copy itself",
-    "chosen by its client",
+    "sent by a rule or a tester",
     "side effects",
     "too large",
     "not chosen",
@@ -260,7 +260,7 @@ class Shadow:
         if original.arm != "baseline":
             return "not of the baseline"
         if not original.random:
-            return "chosen by its client"
+            return "sent by a rule or a tester"
         if original.effects is not None:
             return "side effects"
         if original.body_bytes > budget.max_body_bytes:

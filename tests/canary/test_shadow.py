@@ -61,7 +61,7 @@ def test_a_copy_has_an_id_of_its_own_and_is_marked():
     [
         ({"arm": "candidate"}, "not of the baseline"),
         ({"is_copy": True}, "a copy itself"),
-        ({"random": False}, "chosen by its client"),
+        ({"random": False}, "sent by a rule or a tester"),
         ({"effects": "store"}, "side effects"),
         ({"body_bytes": 10_001}, "too large"),
     ],
