@@ -82,6 +82,29 @@ def read_dsn(source: SecretSource, base_dir: Path, key: str) -> str:
     return dsn
 
 
+def read_authorization(source: SecretSource, base_dir: Path, key: str) -> str:
+    """Return the value of a header ``authorization``, white space at its ends removed.
+
+    Args:
+        source: Where it stands.
+        base_dir: Folder of the policy file, where a relative path starts.
+        key: The policy's key, for errors.
+
+    Raises:
+        ConfigError: It is missing, or no such value, or others may read its file; tells the fix.
+    """
+    make = "write Bearer and the token there"
+    value, where, file = _read(source, base_dir, key, make)
+    try:
+        found = value.decode("ascii").strip()
+    except UnicodeDecodeError:
+        found = ""
+    if not found or not found.isprintable():
+        problem = f"{where} holds no value of a header"
+        raise ConfigError(problem, file=file, key=key, fix=make)
+    return found
+
+
 def _read(
     source: SecretSource, base_dir: Path, key: str, make: str
 ) -> tuple[bytes, str, str | None]:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from disagg_plugins.credentials import looks_like_a_secret, read_secret
+from disagg_plugins.credentials import looks_like_a_secret, read_authorization, read_secret
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.policy import SecretSource
 
@@ -87,3 +87,21 @@ def test_a_pipe_does_not_hang_and_a_large_file_is_refused(tmp_path):
 )
 def test_names_of_secrets_are_recognised(key, secret):
     assert looks_like_a_secret(key) is secret
+
+
+def test_the_authorization_of_copies_comes_from_a_private_file_or_the_environment(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("MINE", "Bearer of-the-copies\n")
+    source = SecretSource(env="MINE")
+    assert read_authorization(source, tmp_path, "key") == "Bearer of-the-copies"
+
+
+@pytest.mark.parametrize(
+    "value", ["", " \n", "Bearer of-the-copies\r\nx: y", "of-the-copies \N{EURO SIGN}"]
+)
+def test_what_is_no_value_of_a_header_is_refused_and_not_told(monkeypatch, tmp_path, value):
+    monkeypatch.setenv("MINE", value)
+    with pytest.raises(ConfigError, match="no value of a header") as caught:
+        read_authorization(SecretSource(env="MINE"), tmp_path, "canary.shadow.authorization")
+    assert "of-the-copies" not in str(caught.value)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from disagg_plugins.canary.assignment import Match
 from disagg_plugins.canary.freeze import (
     DAYS,
     DateFreeze,
@@ -22,15 +23,19 @@ from disagg_plugins.canary.freeze import (
     zone_named,
 )
 from disagg_plugins.canary.rollout import SKEW_S, Plan, steps_problem
+from disagg_plugins.canary.shadow import Budget
+from disagg_plugins.canary.shadow_headers import why_not_passed
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.policy_section import VARIABLE_NAME, Name, Seconds, SecretSource, Section
 
 if TYPE_CHECKING:
     from disagg_plugins.canary.guardrail import Guardrail
+    from disagg_plugins.canary.parity import Allowed
 
 DAY_S = 86_400.0
 MOST_RULES = 100
 MOST_GUARDRAILS = 50
+MOST_EDGES = 10
 DSN_SOURCE = "write postgres: {env: NAME} or postgres: {file: PATH}"
 HEADER_NAME = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$"
 PRIVATE_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie"})
@@ -219,14 +224,110 @@ class RulePolicy(Section):
             raise ValueError("name at least one of model, header and tenant")
         return self
 
+    def match(self) -> Match:
+        """Return it as the assignment knows it."""
+        header = None if self.header is None else (self.header.name, self.header.value)
+        return Match(self.arm, self.model, self.tenant, header)
+
+
+class ParityPolicy(Section):
+    """What the answers of copies may differ by, more than the baseline's from themselves."""
+
+    margin: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.03, description="More of the pairs that may be different."
+    )
+    early_margin: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.02, description="More of them that may be so within the first 64 tokens."
+    )
+    drift_ratio: Annotated[float, Field(ge=1, le=1_000)] = Field(
+        default=1.25, description="What the log-probabilities' median difference may be of theirs."
+    )
+    drift_floor: Annotated[float, Field(gt=0, le=100)] = Field(
+        default=0.08, description="Up to this it is taken for rounding, as bfloat16 has it."
+    )
+    tie_gap: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=0.13,
+        description="Tokens this near in log-probability are a tie; 0.13 is a step of bfloat16.",
+    )
+    prompt_tokens: Sequence[Annotated[int, Field(ge=1)]] = Field(
+        default=(512, 2048, 8192),
+        max_length=MOST_EDGES,
+        description="Where the next bucket of prompts begins; each is judged by itself.",
+    )
+    min_pairs: int = Field(
+        default=30, ge=1, description="Pairs of each kind in a bucket before it is judged."
+    )
+    fair_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.05, description="A step waits for buckets with so much of the pairs."
+    )
+
+    @field_validator("prompt_tokens")
+    @classmethod
+    def _growing(cls, edges: Sequence[int]) -> Sequence[int]:
+        if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise ValueError("the numbers of tokens must grow")
+        return tuple(edges)
+
+    def allowed(self) -> Allowed:
+        """Return it as ``parity`` knows it."""
+        from disagg_plugins.canary.parity import Allowed
+
+        return Allowed(
+            margin=self.margin,
+            early_margin=self.early_margin,
+            drift_ratio=self.drift_ratio,
+            drift_floor=self.drift_floor,
+            edges=tuple(self.prompt_tokens),
+            min_pairs=self.min_pairs,
+            fair_share=self.fair_share,
+        )
+
 
 class ShadowPolicy(Section):
     """Copies of the baseline's requests for the candidate, whose answers nobody gets."""
 
     share: float = Field(gt=0, le=1, description="Of the requests.")
+    control: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.5,
+        description="Of the copies that go to the baseline again: how often it contradicts itself "
+        "is what the candidate is measured by. 0: no parity is judged.",
+    )
     max_in_flight: int = Field(default=8, ge=1, le=10_000, description="Copies at once.")
     timeout_s: Seconds = Field(default=60.0, description="Longest time of one copy.")
     max_per_s: float = Field(default=5.0, gt=0, le=100_000, description="Copies a second.")
+    max_body_bytes: int = Field(
+        default=1 << 20, ge=1, description="Larger requests are not copied."
+    )
+    headers: list[Annotated[str, Field(pattern=HEADER_NAME)]] = Field(
+        default_factory=list,
+        max_length=MOST_RULES,
+        description="Of a request that its copy carries on; none that carries secrets.",
+    )
+    authorization: SecretSource | None = Field(
+        default=None,
+        description="Where the header authorization of the copies stands; null: they have none. "
+        "That of the client is never passed on.",
+    )
+    parity: ParityPolicy = ParityPolicy()
+
+    @field_validator("headers")
+    @classmethod
+    def _no_secret(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if why := why_not_passed(name.lower()):
+                raise ValueError(f"{name} {why}")
+        return [name.lower() for name in names]
+
+    def budget(self) -> Budget:
+        """Return it as ``shadow`` knows it."""
+        return Budget(
+            share=self.share,
+            control=self.control,
+            max_in_flight=self.max_in_flight,
+            max_per_s=self.max_per_s,
+            timeout_s=self.timeout_s,
+            max_body_bytes=self.max_body_bytes,
+        )
 
 
 def _store_section(value: object) -> object:
@@ -274,7 +375,8 @@ class CanaryPolicy(Section):
     )
     sticky: Literal["session", "user", "tenant", "prefix", "request"] = Field(
         default="session",
-        description="What stays at one arm; without it, or as request: each by itself.",
+        description="What stays at one arm. A request without it goes by its session or user, "
+        "and else by itself.",
     )
     rules: list[RulePolicy] = Field(
         default_factory=list, max_length=MOST_RULES, description="Requests that go to a given arm."

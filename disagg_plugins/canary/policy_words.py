@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from disagg_plugins.canary.policy import CanaryPolicy, RulePolicy
+    from disagg_plugins.canary.policy import CanaryPolicy, RulePolicy, ShadowPolicy
 
 
 def canary_advice(canary: CanaryPolicy, base_dir: Path) -> Iterator[str]:
@@ -88,6 +88,17 @@ def canary_sentences(canary: CanaryPolicy) -> Iterator[str]:
             f"{shadow.max_per_s:g} a second and {shadow.max_in_flight} at once at most; nobody "
             "gets their answers."
         )
+        yield _parity(shadow)
+
+
+def _parity(shadow: ShadowPolicy) -> str:
+    if not shadow.control:
+        return "No copy goes to the baseline, so nobody knows whether both say the same."
+    parity = shadow.parity
+    return (
+        f"Of the copies {shadow.control:.3g} go to the baseline again; greedy answers of the "
+        f"candidate may be different in {100 * parity.margin:.3g} % more of the cases than those."
+    )
 
 
 def _sticky(canary: CanaryPolicy) -> str:

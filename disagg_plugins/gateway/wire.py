@@ -38,6 +38,7 @@ NOT_UPSTREAM = HOP_BY_HOP | {
     b"x-request-id",
     # said to this gateway, and nothing of a worker's business
     b"x-disagg-signature",
+    b"x-disagg-arm",
     b"x-disagg-explain",
     b"x-disagg-session",
     b"x-disagg-slo-class",

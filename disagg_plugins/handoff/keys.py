@@ -26,6 +26,7 @@ class Purpose(StrEnum):
     HANDSHAKE = "handshake"
     REPORT = "report"
     ADMIN = "admin"
+    CANARY = "canary"
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,6 +6,7 @@ from datetime import datetime
 
 import pytest
 
+from disagg_plugins.canary.assignment import Match
 from disagg_plugins.canary.freeze import DateFreeze, WeeklyFreeze, zone_named
 from disagg_plugins.canary.metrics import METRICS
 from disagg_plugins.canary.policy import CanaryPolicy
@@ -117,6 +118,15 @@ shadow: {share: 0.1, max_in_flight: 2, timeout_s: 20, max_per_s: 1}"""
         ("rules: [{header: {name: 'a b', value: v}, arm: candidate}]", "header.name", "pattern"),
         ("shadow: {}", "canary.shadow.share", "missing"),
         ("shadow: {share: 2}", "canary.shadow.share", "less than"),
+        ("shadow: {share: 1, headers: [Cookie]}", "canary.shadow.headers", "carries secrets"),
+        ("shadow: {share: 1, headers: [host]}", "canary.shadow.headers", "gateway itself"),
+        ("shadow: {share: 1, control: 2}", "canary.shadow.control", "less than"),
+        ("shadow: {share: 1, parity: {margin: 0}}", "canary.shadow.parity.margin", "greater"),
+        (
+            "shadow: {share: 1, parity: {prompt_tokens: [9, 9]}}",
+            "canary.shadow.parity.prompt_tokens",
+            "must grow",
+        ),
         ("store: {path: a, postgres: {env: DSN}}", "canary.store", "one of path and postgres"),
         ("store: {lease_s: 0}", "canary.store.lease_s", "greater"),
         ("stepz: [100]", "canary.stepz", "did you mean steps"),
@@ -160,3 +170,20 @@ def test_other_evidence_is_needed_for_another_candidate_or_other_guardrails():
     assert one.plan(b"a").fingerprint == same.plan(b"a").fingerprint
     assert len({one.plan(b"a").fingerprint, one.plan(b"b").fingerprint}) == 2
     assert one.plan(b"a").fingerprint != other.plan(b"a").fingerprint
+
+
+def test_rules_and_copies_are_told_to_those_who_decide(read):
+    canary = read(
+        """\
+rules:
+  - {model: m, tenant: t, header: {name: X-Team, value: core}, arm: candidate}
+shadow: {share: 0.1, headers: [X-Team], parity: {prompt_tokens: [1024]}}"""
+    ).policy.canary
+    assert canary.rules[0].match() == Match("candidate", "m", "t", ("x-team", "core"))
+    assert canary.shadow.headers == ["x-team"]
+    budget = canary.shadow.budget()
+    assert (budget.share, budget.control, budget.max_in_flight) == (0.1, 0.5, 8)
+    assert canary.shadow.parity.allowed().buckets == (
+        "prompts below 1024 tokens",
+        "prompts of 1024 and more tokens",
+    )

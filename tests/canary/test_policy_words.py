@@ -59,6 +59,8 @@ def test_what_is_likely_not_meant_is_warned_of(warned, fields, words):
         ),
         ({"rules": [{"tenant": "t", "arm": "baseline"}]}, "Requests of tenant t go to the bas"),
         ({"shadow": {"share": 0.1}}, "Copies of 0.1 of the baseline's requests"),
+        ({"shadow": {"share": 0.1}}, "may be different in 3 % more of the cases"),
+        ({"shadow": {"share": 0.1, "control": 0}}, "nobody knows whether both say the same"),
     ],
 )
 def test_each_fact_is_told(fields, words):
