@@ -80,8 +80,19 @@ def make_fleet(
         fleet.stop()
 
 
+OTHERS: set[psutil.Process] = set()
+"""Children of this process that a test found: servers that other tests share."""
+
+
+@pytest.fixture(autouse=True)
+def children_of_other_tests() -> None:
+    OTHERS.clear()
+    OTHERS.update(psutil.Process().children())
+
+
 def descendants() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    own = [child for child in psutil.Process().children() if child not in OTHERS]
+    return [process for child in own for process in (child, *child.children(recursive=True))]
 
 
 def test_workers_are_healthy_after_start_and_gone_after_stop(
