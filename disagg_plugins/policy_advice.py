@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from disagg_plugins.canary.policy_words import canary_advice, canary_sentences
 from disagg_plugins.credentials import read_secret
 from disagg_plugins.errors import ConfigError
+from disagg_plugins.scheduling.weights import weights_of
 from disagg_plugins.types import Role
 
 if TYPE_CHECKING:
@@ -171,10 +172,13 @@ def _sentences(policy: Policy) -> Iterator[str]:
         yield "No request is split: there are no two workers for the two phases."
     yield from _slo_sentences(policy)
     yield from _queue_sentences(policy)
-    yield "Among workers the least loaded is chosen; equals take turns."
     yield from _prompt_sentences(policy)
-    for plugin, weight in sorted(policy.scheduler.weights.items()):
-        yield f"Scores of plugin {plugin} weigh {weight:g} (others 1)."
+    weights = weights_of(policy.scheduler)
+    counted = [f"{name} {weight:g}" for name, weight in weights.items() if weight]
+    yield (
+        "The worker with the best mean of its scores is chosen; equals take turns. Scores weigh: "
+        f"{', '.join([*counted, 'of any other package 1'])}."
+    )
     yield (
         f"KV travels by {', else '.join(handoff.transports)}; a worker stages at most "
         f"{handoff.staging_bytes / (1 << 20):g} MiB a rank and waits {handoff.staging_wait_s:g} s "

@@ -248,13 +248,16 @@ def _unknown_key(path: KeyPath) -> _Problem:
 def _fields(path: KeyPath) -> list[str]:
     """Return the keys that the section at ``path`` may have."""
     model: type[BaseModel] = Policy
+    named = False  # the next part is a name that somebody gave: SLO classes and tenants have some
     for part in path:
-        if isinstance(part, int):
+        if named or isinstance(part, int):
+            named = False
             continue
         field = model.model_fields.get(part)
         found = None if field is None else _model_in(field.annotation)
         if found is None:
             return []
+        named = field is not None and typing.get_origin(field.annotation) is dict
         model = found
     return list(model.model_fields)
 

@@ -78,7 +78,7 @@ def test_a_policy_is_explained_in_words():
         "shm, else tcp",
         "512 MiB",
         "file secret.txt",
-        "plugin mine weigh 2",
+        "Scores weigh: least-loaded 1, mine 2, of any other package 1.",
         "Not loaded: other",
         "50 ms a call",
     ):

@@ -46,6 +46,18 @@ def wrong(read):
     [
         ("    gatway: {}\n", 6, "gatway", "did you mean gateway?"),
         ("    handoff:\n      lease: 3\n", 7, "handoff.lease", "did you mean lease_s?"),
+        (
+            "    scheduler:\n      slo_classes:\n        chat: {ttft: 1}\n",
+            8,
+            "scheduler.slo_classes.chat.ttft",
+            "did you mean ttft_s?",
+        ),
+        (
+            "    scheduler:\n      tenants:\n        a: {max_request: 1}\n",
+            8,
+            "scheduler.tenants.a.max_request",
+            "did you mean max_requests?",
+        ),
         ("    handoff:\n      lease_s: -3\n", 7, "handoff.lease_s", "greater than 0, not -3"),
         ("    handoff:\n      lease_s: soon\n", 7, "handoff.lease_s", "not 'soon'"),
         ("    handoff:\n      lease_s:\n", 7, "handoff.lease_s", "not nothing"),

@@ -50,7 +50,7 @@ def run_gateway(loaded: LoadedPolicy, secret: bytes) -> None:
             records_path=loaded.base_dir / records.expanduser() if records else None,
             base_dir=loaded.base_dir,
             tokenizer=loaded.base_dir / tokenizer.expanduser() if tokenizer else None,
-            ready=lambda _: say(f"gateway is ready: http://{gateway.host}:{gateway.port}"),
+            ready=lambda _: say(f"gateway listens: http://{gateway.host}:{gateway.port}"),
             stop=stop,
         )
 

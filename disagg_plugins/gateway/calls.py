@@ -11,12 +11,13 @@ from disagg_plugins.gateway.upstream import Call
 from disagg_plugins.gateway.wire import post
 
 if TYPE_CHECKING:
+    from disagg_plugins.gateway.hedge import Hedge
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.gateway.upstream import CallListener
     from disagg_plugins.gateway.worker_state import Work
     from disagg_plugins.telemetry.records import RequestRecord
-    from disagg_plugins.types import RequestProfile, Worker
+    from disagg_plugins.types import RequestProfile, Worker, WorkerLoad
 
 HEDGE = "hedge"
 """The side of a second call for an answer that has not begun."""
@@ -79,8 +80,7 @@ class Calls:
         if side == "decode":
             self.claims.leave(EXPECTED)
         if side != HEDGE:
-            load = gateway.fleet.load(worker.name)
-            self.surroundings.sent(self._record, self._times, side, worker.name, load)
+            self._note_load(side, worker, gateway.fleet.load(worker.name))
         self.heard[side] = Heard()
         pool, given = gateway.members.give(worker, work)
         self.claims.note(side, worker.name, given)
@@ -96,8 +96,12 @@ class Calls:
             call.cancel()
         self.claims.leave(side)
 
-    def adopt(self, listener: CallListener) -> Call:
+    def _note_load(self, side: str, worker: Worker, load: WorkerLoad) -> None:
+        self.surroundings.sent(self._record, self._times, side, worker.name, load)
+
+    def adopt(self, hedge: Hedge, listener: CallListener) -> Call:
         """Make the hedge the decode call, heard by ``listener`` from now on."""
+        self._note_load("decode", hedge.worker, hedge.load)
         self.cancel("decode")
         self.claims.leave(EXPECTED)
         self.claims.rename(HEDGE, "decode")

@@ -102,8 +102,8 @@ class Deadlines:
         return f"{what} within {bound_s:g} s (policy key gateway.{wait}_s)"
 
     def left(self, now_s: float) -> None:
-        """The client left with its whole answer."""
-        self.decode_s = now_s + LEFT_S
+        """The client left with its whole answer: only its worker has yet to end."""
+        self.decode_s, self.request_s = now_s + LEFT_S, FOREVER
 
     def over(self) -> None:
         """Nothing is waited for any more."""

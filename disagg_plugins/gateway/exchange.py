@@ -410,7 +410,8 @@ class Exchange:
         other = gateway.another_decode(self.profile, self._decode, ())
         if other is None or not gateway.retries.take(monotonic()):
             return
-        self._hedge = Hedge(other, self._calls, self._hedge_speaks, self._hedge_failed)
+        load, heard = gateway.fleet.load(other.name), (self._hedge_speaks, self._hedge_failed)
+        self._hedge = Hedge(other, load, self._calls, *heard)
         work = self._bodies.writing(self._parsed.prompt_tokens)
         self._calls.send(HEDGE, other, self._bodies.whole(other), work, self._hedge)
 
@@ -431,7 +432,7 @@ class Exchange:
         hedge, self._hedge = self._hedge, None
         if hedge is None:
             return
-        call = self._calls.adopt(self)
+        call = self._calls.adopt(hedge, self)
         self._decode = hedge.worker
         self.record.decode = hedge.worker.name
         self.record.hedge = "won"

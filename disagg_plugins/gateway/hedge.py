@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from disagg_plugins.gateway.calls import Calls
     from disagg_plugins.gateway.upstream import Call
     from disagg_plugins.gateway.wire import Header
-    from disagg_plugins.types import Worker
+    from disagg_plugins.types import Worker, WorkerLoad
 
 
 class Hedge:
@@ -23,21 +23,24 @@ class Hedge:
 
     Args:
         worker: Who was asked.
+        load: Its load then, without this request.
         calls: Of the request.
         speaks: Called with the first bytes of its answer, once.
         failed: Called with a word for metrics, and a detail for people, once.
     """
 
-    __slots__ = ("_calls", "_failed", "_speaks", "worker")
+    __slots__ = ("_calls", "_failed", "_speaks", "load", "worker")
 
     def __init__(
         self,
         worker: Worker,
+        load: WorkerLoad,
         calls: Calls,
         speaks: Callable[[bytes], None],
         failed: Callable[[str, str], None],
     ) -> None:
         self.worker = worker
+        self.load = load
         self._calls = calls
         self._speaks = speaks
         self._failed = failed

@@ -46,13 +46,15 @@ class Surroundings:
         cached_tokens: Prompt tokens that workers are believed to hold, by name.
     """
 
-    __slots__ = ("_before", "_cached", "_decode", "_read_tokens")
+    __slots__ = ("_answering", "_before", "_cached", "_decode", "_read_tokens", "_seen")
 
     def __init__(self, read_tokens: Counter[str], cached_tokens: Mapping[str, int]) -> None:
         self._read_tokens = read_tokens
         self._cached = cached_tokens
         self._decode = ""
+        self._answering = False
         self._before = 0
+        self._seen = 0  # read beside the answer at workers that wrote its beginning
 
     def sent(
         self, record: RequestRecord, times: Timeline, side: str, worker: str, load: WorkerLoad
@@ -69,6 +71,9 @@ class Surroundings:
         else:
             record.decode_requests = load.requests
             record.decode_kv_tokens = load.kv_tokens
+            if self._answering:  # it goes on elsewhere
+                self._seen += self._read_tokens[self._decode] - self._before
+                self._before = self._read_tokens[worker]
             self._decode = worker
 
     def read(self, record: RequestRecord, worker: str | None) -> None:
@@ -81,9 +86,11 @@ class Surroundings:
         """The first token came: what is read there from now on holds this answer up."""
         if record.route == "local":
             self.read(record, self._decode)
+        self._answering = True
         self._before = self._read_tokens[self._decode]
 
     def ended(self, record: RequestRecord) -> None:
         """The request is over."""
-        if record.status == 200 and self._decode:
-            record.decode_read_tokens = self._read_tokens[self._decode] - self._before
+        if self._answering:
+            beside = self._read_tokens[self._decode] - self._before
+            record.decode_read_tokens = self._seen + beside

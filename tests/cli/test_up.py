@@ -105,7 +105,7 @@ def ended(process: psutil.Process) -> bool:
 
 def test_up_starts_all_answers_a_request_and_leaves_nothing(policy: Path) -> None:
     with running(policy, "up") as (process, read_until):
-        said = read_until("gateway is ready")
+        said = read_until("gateway listens")
         assert "DISAGG_SECRET is not set: made a secret for this run" in said
         wait_until(lambda: ask(policy, "/ready")[0] == 200, "a ready fleet")
         body = {"model": "fake-model", "prompt": "Hello", "max_tokens": 3}
@@ -123,7 +123,7 @@ def test_up_starts_all_answers_a_request_and_leaves_nothing(policy: Path) -> Non
 
 def test_up_killed_with_sigkill_leaves_no_process(policy: Path) -> None:
     with running(policy, "up") as (process, read_until):
-        read_until("gateway is ready")
+        read_until("gateway listens")
         tree = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         wait_until(lambda: all(ended(p) for p in tree), "the end of every worker")
@@ -191,7 +191,7 @@ def test_serve_answers_before_workers_that_run_and_drains(write_policy: WritePol
     with FakeEngine() as p0, FakeEngine() as d0:
         policy = write_policy((p0.url, d0.url), telemetry={"records": "records.jsonl"})
         with running(policy, "serve", env=SECRET) as (process, read_until):
-            read_until("gateway is ready")
+            read_until("gateway listens")
             wait_until(lambda: ask(policy, "/ready")[0] == 200, "a ready fleet")
             status, _ = ask(policy, "/v1/completions", {"model": "fake-model", "prompt": "Hi"})
             assert status == 200
@@ -209,7 +209,7 @@ def test_live_doctor_finds_a_split_that_does_not_happen(
     with FakeEngine() as p0, FakeEngine() as d0:
         policy = write_policy((p0.url, d0.url), telemetry={"report_wait_s": 0.1})
         with running(policy, "serve", env=SECRET) as (_, read_until):
-            read_until("gateway is ready")
+            read_until("gateway listens")
             # Ready is a gateway that can answer: with decode alone it would answer unsplit.
             wait_until(
                 lambda: all(w["healthy"] for w in ask(policy, "/internal/status")[1]["workers"]),

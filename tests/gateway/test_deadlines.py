@@ -71,6 +71,14 @@ def test_nothing_has_passed_before_its_time() -> None:
     assert not deadlines.passed(1e9)
 
 
+def test_a_client_that_left_with_its_whole_answer_is_not_late() -> None:
+    deadlines = Deadlines(GatewayPolicy(), 0.0, 10.0)
+    deadlines.left(9.5)
+    assert not deadlines.passed(10.4)
+    assert deadlines.passed(10.6)
+    assert deadlines.request_s > 1e9  # what passes is the wait for the worker's end
+
+
 @pytest.mark.parametrize("slow", ["p0", "d0"])
 def test_a_request_that_no_worker_answers_in_time_ends_with_504(build: Build, slow: str) -> None:
     stack = build(behaviours={slow: HANG})

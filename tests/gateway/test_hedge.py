@@ -38,6 +38,19 @@ def test_second_worker_answers_where_the_first_says_nothing(build: Build, stream
     assert stack.metric("disagg_failures") == 0
 
 
+def test_the_load_that_is_told_is_that_of_the_worker_that_answers(build: Build) -> None:
+    stack = build(gateway=SOON, scheduler=NONE, **TWO, behaviours={"d0": HANG})
+    stack.gateway.read_tokens["d0"] = 5000  # as of a worker that has read much
+    for _ in range(2):
+        assert stack.complete(SHORT, stream=True)[0] == 200
+    stack.wait_idle()
+    told, *_ = [r for r in stack.records(2) if r["hedge"] == "won"]
+    assert told["decode"] == "d1"
+    assert told["decode_read_tokens"] == 0
+    assert stack.gateway.read_tokens["d0"] == 5000
+    assert stack.gateway.read_tokens["d1"] == 2 * int(str(told["prompt_tokens_estimate"]))
+
+
 def test_nobody_is_asked_twice_unless_the_policy_says_so(build: Build) -> None:
     stack = build(
         gateway={"first_byte_s": 0.5}, scheduler=NONE, **TWO, behaviours={"d0": HANG, "d1": HANG}

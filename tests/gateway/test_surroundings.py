@@ -69,6 +69,19 @@ def test_a_request_that_was_never_answered_tells_of_no_disturbance() -> None:
     assert told.decode_read_tokens == 0
 
 
+def test_an_answer_that_goes_on_elsewhere_counts_what_was_read_beside_it_at_both() -> None:
+    told, read = record("disaggregated"), Counter[str](d0=500, d1=100)
+    around = Surroundings(read, {})
+    around.sent(told, Timeline(0.0), "decode", "d0", WorkerLoad())
+    around.answering(told)
+    read["d0"] += 30
+    around.sent(told, Timeline(0.0), "decode", "d1", WorkerLoad())
+    read["d0"] += 1000
+    read["d1"] += 7
+    around.ended(told)
+    assert told.decode_read_tokens == 37
+
+
 def test_the_gateway_fills_it_and_learns_from_it(build: Build) -> None:
     stack = build(reports=True)
     for prompt in (LONG, SHORT):
