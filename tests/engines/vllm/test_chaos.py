@@ -103,6 +103,15 @@ def descriptors(bed: Testbed, name: str) -> int:
     return sum(p.num_fds() for p in bed.processes(name))
 
 
+def at_work(bed: Testbed) -> dict[str, tuple[int, int, int]]:
+    """Return the workers that have requests, prompt tokens or busy connections, with the counts."""
+    counts = {
+        w["name"]: (w["requests"], w["prompt_tokens"], w["connections"]["busy"])
+        for w in status(bed)["workers"]
+    }
+    return {name: left for name, left in counts.items() if any(left)}
+
+
 def test_every_request_is_right_or_clearly_refused_and_nothing_is_left(bed: Testbed) -> None:
     lengths = [(40, 150, 400, 700)[i % 4] for i in range(REQUESTS)]
     texts = [f"{i}. {text}" for i, text in enumerate(prompts(lengths, seed=77))]
@@ -139,13 +148,12 @@ def test_every_request_is_right_or_clearly_refused_and_nothing_is_left(bed: Test
 
     until(lambda: idle(bed, WORKERS), "the workers to be idle", 60)
     until(lambda: status(bed)["handoffs_open"] == 0, "no open handoff")
+    # a probe of the gateway may have a connection at the moment of one look
+    until(lambda: not at_work(bed), "no request and no busy connection at a worker")
     state = status(bed)
     assert state["in_flight"] == 0
     # one of this question, and each worker keeps one for its reports
     assert state["client_connections"] <= 1 + len(WORKERS)
-    for worker in state["workers"]:
-        left = worker["requests"], worker["prompt_tokens"], worker["connections"]["busy"]
-        assert left == (0, 0, 0), worker["name"]
     kept = sum(w["connections"]["idle"] for w in state["workers"])
     assert bed.gateway_process().num_fds() <= at_rest[1] + kept + 4
     # a peer that was killed leaves no mapping and no connection behind
