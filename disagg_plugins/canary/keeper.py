@@ -18,18 +18,20 @@ held, or aborted if the rollout was over already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from disagg_plugins.canary.guardrails import Guardrails, Judgement
+from disagg_plugins.canary.guardrails import Judgement
 from disagg_plugins.canary.progress import Progress
 from disagg_plugins.canary.rollout import Rollout
 from disagg_plugins.errors import ConfigError, DamagedState, StoreConflict, StoreError
 
 if TYPE_CHECKING:
-    from disagg_plugins.canary.guardrail import Guardrail
+    from disagg_plugins.canary.case import Case, Compared, Terms
     from disagg_plugins.canary.metrics import Outcome
+    from disagg_plugins.canary.parity import ParityJudgement
     from disagg_plugins.canary.progress import Decision, Epoch
     from disagg_plugins.canary.rollout import Instant, Plan
     from disagg_plugins.canary.store import Lease, Store, Stored
@@ -71,8 +73,7 @@ class Keeper:
     Args:
         store: Shared with the other gateways.
         plan: The same in all of them.
-        guardrails: As above.
-        level: Of the whole rollout; each step is judged at its share.
+        terms: What the candidate is judged by at one step (``Plan.step_level``); as above.
         gateway: This gateway's name: unique, and the same after a restart.
         writer: Unique to this process, such as a random number.
         lease_s: After so long without a look another gateway decides.
@@ -82,8 +83,7 @@ class Keeper:
         self,
         store: Store,
         plan: Plan,
-        guardrails: Sequence[Guardrail],
-        level: float,
+        terms: Terms,
         *,
         gateway: str,
         writer: str,
@@ -91,25 +91,24 @@ class Keeper:
     ) -> None:
         self._store = store
         self._plan = plan
-        self._guardrails = tuple(guardrails)
-        self._level = plan.step_level(level)
+        self._terms = terms
         self._gateway, self._writer, self._lease_s = gateway, writer, lease_s
         self._known: Stored | None = None
-        self._ours = self._empty()  # what this gateway counted in the epoch of ``_known``
+        self._ours = terms.empty()  # what this gateway counted in the epoch of ``_known``
         self._adopted = False
         self._condemned: Judgement | None = None  # by this gateway alone, not written down yet
         self._last: Instant | None = None  # look that wrote revision ``_written``
         self._written = 0
         self._lease: Lease | None = None
-        self._all: Guardrails | None = None
 
-    def look(self, now: Instant, outcomes: Iterable[tuple[Epoch, Outcome]] = ()) -> View:
+    def look(self, now: Instant, outcomes: Iterable[tuple[Epoch, Outcome | Compared]] = ()) -> View:
         """Count, follow and, as leader, decide.
 
         Args:
             now: The time.
-            outcomes: What ended since the last look, in the order of ``cohort``, each with the
-                epoch of the view at its arrival: what arrived in another step says nothing here.
+            outcomes: What ended since the last look, in the order of ``cohort``, and the pairs that
+                came together, each with the epoch of the view at its arrival: what arrived in
+                another step says nothing here.
         """
         for epoch, outcome in outcomes:
             if self._known is not None and epoch == self._known.progress.epoch:
@@ -123,9 +122,18 @@ class Keeper:
             self._lease = None
             return self._alone(str(exc))
 
-    def report(self) -> Judgement | None:
-        """Return all the numbers of the last look that led; takes tenths of a second."""
-        return self._all.judge() if self._all is not None else None
+    def report(self) -> tuple[Case, Judgement, ParityJudgement | None]:
+        """Return all the evidence and its numbers; takes tenths of a second.
+
+        Of all gateways, as far as the memory can be read; else of this one alone. Where no rollout
+        is under way, it is what this gateway saw since it started or the last one ended.
+        """
+        case = self._ours
+        known = self._known
+        if known is not None and known.progress.active:
+            with contextlib.suppress(StoreError, DamagedState):
+                case, _ = self._gather(known.progress.epoch)
+        return (case, *case.judge())
 
     def close(self) -> None:
         """Let another gateway lead at once; the store stays open."""
@@ -154,7 +162,7 @@ class Keeper:
         if known is not None and stored.revision < known.revision and stored.progress.active:
             stored = self._went_back(now, stored, known)
         if known is None or stored.progress.epoch != known.progress.epoch:
-            self._ours, self._adopted, self._condemned = self._empty(), False, None
+            self._ours, self._adopted, self._condemned = self._terms.empty(), False, None
         self._known = stored
         return stored
 
@@ -172,7 +180,7 @@ class Keeper:
         if not self._adopted:
             before = self._store.adopt(epoch, self._gateway, self._writer)
             if before is not None:
-                earlier = Guardrails.from_dict(before, self._guardrails, self._level)
+                earlier = self._terms.load(before)
                 earlier.merge(self._ours)
                 self._ours = earlier
             self._adopted = True
@@ -182,13 +190,14 @@ class Keeper:
         # another process looked meanwhile: this one's monotonic clock says nothing of it
         last = self._last if stored.revision == self._written else None
         rollout = Rollout(self._plan, stored.progress, last)
+        case: Case | None = None
         damage: str | None = None
         if stored.progress.plan == self._plan.fingerprint:
-            damage = self._gather(stored.progress.epoch)
-        quick = self._judged(damage)
+            case, damage = self._gather(stored.progress.epoch)
+        quick = _judged(case, damage)
         moved, decision = rollout.tick(now, quick)
-        if decision is not None and self._all is not None and quick is not None:
-            full = self._all.judge()  # all the numbers, for the log
+        if decision is not None and case is not None and quick is not None:
+            full, _ = case.judge()  # all the numbers, for the log
             moved, decision = rollout.tick(now, replace(quick, reasons=full.reasons))
         decisions = [decision] if decision is not None else []
         if damage is not None and moved.progress.phase in ("running", "awaiting"):
@@ -199,30 +208,20 @@ class Keeper:
         )
         self._written, self._last = revision, now
         if moved.progress.epoch != stored.progress.epoch or not moved.progress.active:
-            self._ours, self._adopted, self._all = self._empty(), False, None
+            self._ours, self._adopted = self._terms.empty(), False
         self._known = replace(stored, progress=moved.progress, revision=revision)
         lacks = moved.lacks(now, quick if not decisions else None) if moved.progress.active else ()
         return View(moved.progress, moved.progress.weight, leads=True, lacks=lacks)
 
-    def _gather(self, epoch: Epoch) -> str | None:
-        """Add up what all gateways counted; return what of it was damaged."""
-        total, damage = self._empty(), None
+    def _gather(self, epoch: Epoch) -> tuple[Case, str | None]:
+        """Return what all gateways counted together, and what of it was damaged."""
+        total, damage = self._terms.empty(), None
         for gateway, evidence in self._store.evidence(epoch).items():
             try:
-                total.merge(Guardrails.from_dict(evidence, self._guardrails, self._level))
+                total.merge(self._terms.load(evidence))
             except DamagedState as exc:
                 damage = f"the evidence of gateway {gateway}: {exc}"
-        self._all = total
-        return damage
-
-    def _judged(self, damage: str | None) -> Judgement | None:
-        """Return what the evidence says in short; of damaged evidence only that it is bad."""
-        if self._all is None:
-            return None
-        action = self._all.decide()
-        if damage is not None and action != "rollback":
-            return None
-        return Judgement(action, (), ())
+        return total, damage
 
     def _alone(self, trouble: str) -> View:
         """Return the view without a memory."""
@@ -230,7 +229,7 @@ class Keeper:
             return View(Progress(), 0, trouble=trouble)
         progress = self._known.progress
         if progress.active and self._condemned is None and self._ours.decide() == "rollback":
-            self._condemned = self._ours.judge()
+            self._condemned, _ = self._ours.judge()
         weight = 0 if self._condemned is not None else progress.weight
         return View(progress, weight, trouble=trouble)
 
@@ -249,8 +248,15 @@ class Keeper:
         )
         return replace(stored, progress=moved.progress, revision=revision)
 
-    def _empty(self) -> Guardrails:
-        return Guardrails(self._guardrails, self._level)
+
+def _judged(case: Case | None, damage: str | None) -> Judgement | None:
+    """Return what the evidence says in short; of damaged evidence only that it is bad."""
+    if case is None:
+        return None
+    action = case.decide()
+    if damage is not None and action != "rollback":
+        return None
+    return Judgement(action, (), ())
 
 
 def command(store: Store, plan: Plan, act: Act) -> Decision:

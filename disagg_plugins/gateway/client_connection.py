@@ -21,7 +21,10 @@ from disagg_plugins.gateway.sending import Sender
 from disagg_plugins.gateway.wire import Header, answer_head, header_value
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.server import Gateway
+    from disagg_plugins.gateway.body import Body
+    from disagg_plugins.gateway.reply import Answering, Client
+    from disagg_plugins.policy import Policy
+    from disagg_plugins.telemetry.metrics import Metrics
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 256
@@ -41,7 +44,13 @@ JSON = b"content-type: application/json\r\n"
 
 @dataclass(slots=True)
 class Request:
-    """One request of a client."""
+    """One request of a client.
+
+    Attributes:
+        name: Its id, where somebody has given it one already.
+        arm: Which arm of a canary answers it, and why, in words; empty without a canary.
+        read: Its body, where somebody has read it already.
+    """
 
     method: bytes
     path: bytes
@@ -49,17 +58,40 @@ class Request:
     body: bytes
     keep_alive: bool
     http10: bool
+    name: str = ""
+    arm: str = ""
+    read: Body | None = None
 
 
-class Answering(Protocol):
-    """Whoever is making the answer."""
+class Center(Protocol):
+    """What answers the requests of connections."""
 
-    def client_gone(self) -> None:
-        """The connection is closed."""
+    @property
+    def policy(self) -> Policy:
+        """Its bounds on connections."""
         ...
 
-    def client_slow(self, slow: bool) -> None:
-        """Unsent bytes passed the upper bound (True) or fell below the lower one (False)."""
+    @property
+    def metrics(self) -> Metrics:
+        """Where refusals are counted."""
+        ...
+
+    @property
+    def connections(self) -> set[ClientConnection]:
+        """All that are open; each enters itself."""
+        ...
+
+    @property
+    def draining(self) -> bool:
+        """Whether a connection ends with its answer."""
+        ...
+
+    def handle(self, request: Request, client: ClientConnection) -> None:
+        """Answer one request."""
+        ...
+
+    def left(self, client: ClientConnection) -> None:
+        """A connection is closed; it leaves the open ones."""
         ...
 
 
@@ -68,7 +100,7 @@ class ClientConnection(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Center) -> None:
         self._gateway = gateway
         self._parser = httptools.HttpRequestParser(self)
         self._requests: deque[Request] = deque()
@@ -283,11 +315,34 @@ class ClientConnection(asyncio.Protocol):
 
     # Answers
 
-    def answering(self, by: Answering) -> Reply:
-        """Name who answers, and is told when the client goes or is slow."""
+    def answering(self, by: Answering, through: Client | None = None) -> Reply:
+        """Name who answers, and is told when the client goes or is slow.
+
+        Args:
+            by: Who answers.
+            through: What its answer passes on the way here; None: nothing.
+        """
         self._answering = by
-        self._reply = Reply(self)
+        self._reply = Reply(through or self)
         return self._reply
+
+    @property
+    def request(self) -> Request | None:
+        """The request that is being answered, or None."""
+        return self._request
+
+    @property
+    def started(self) -> bool:
+        """Whether an answer of unknown length has begun."""
+        return self._started
+
+    def release(self) -> None:
+        """Take the right to answer from who has it; nothing was sent, and another will answer."""
+        self._revoke()
+
+    def abort(self) -> None:
+        """Close at once, unsent bytes and all."""
+        self.transport.abort()
 
     def answer(self, status: int, body: bytes, lines: bytes = JSON) -> None:
         """Send a whole answer."""

@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.client_connection import ClientConnection
+    from disagg_plugins.gateway.reply import Client
     from disagg_plugins.gateway.token_counter import Counting, Ids, TokenCounter
 
 
@@ -40,7 +40,7 @@ class WaitsForCount:
         self._over = False
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self, client: ClientConnection, counting: Counting, within_s: float) -> bool:
+    def begin(self, client: Client, counting: Counting, within_s: float) -> bool:
         """Begin to count; False when too many prompts wait already: nothing was begun then."""
         future = self._counter.submit(lambda: None if self._over else counting.ids())
         if future is None:

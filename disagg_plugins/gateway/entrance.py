@@ -25,10 +25,10 @@ from disagg_plugins.scheduling.trace import Trace
 from disagg_plugins.types import Decision, Disaggregated, FleetView, RequestProfile, Role
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.client_connection import ClientConnection
     from disagg_plugins.gateway.dialect import Body
     from disagg_plugins.gateway.explanations import Explanation
     from disagg_plugins.gateway.openai import ParsedRequest
+    from disagg_plugins.gateway.reply import Client
     from disagg_plugins.gateway.wire import Header
     from disagg_plugins.policy import SchedulerPolicy
     from disagg_plugins.telemetry.metrics import Metrics
@@ -68,7 +68,7 @@ class Pending:
         explained: Whether the client asked for the explanation.
     """
 
-    client: ClientConnection
+    client: Client
     parsed: ParsedRequest
     explanation: Explanation
     shared_headers: bytes

@@ -36,9 +36,9 @@ from disagg_plugins.telemetry.records import FailureRecord
 from disagg_plugins.types import Disaggregated
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.client_connection import ClientConnection
     from disagg_plugins.gateway.dialect import HandoffRef, Published
     from disagg_plugins.gateway.openai import ParsedRequest
+    from disagg_plugins.gateway.reply import Client
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.gateway.upstream import Call
     from disagg_plugins.gateway.wire import Header
@@ -61,7 +61,7 @@ class Exchange:
     def __init__(
         self,
         gateway: Gateway,
-        client: ClientConnection,
+        client: Client,
         parsed: ParsedRequest,
         decision: Decision,
         *,

@@ -35,6 +35,7 @@ class Explanation:
         refused: Why it was refused, or None.
         decision: The last decision, or None.
         record: How it went so far, or None.
+        arm: Which arm of a canary it went to, and why; empty without a canary.
     """
 
     profile: RequestProfile
@@ -42,6 +43,7 @@ class Explanation:
     refused: str | None = None
     decision: Decision | None = None
     record: RequestRecord | None = None
+    arm: str = ""
 
     def settle(self, workers: int) -> None:
         """Forget what only deciding needs; the hashes of a long prompt alone take 300 KiB.
@@ -74,6 +76,8 @@ class Explanation:
             "route": self.route(),
             "steps": self.trace.plain(),
         }
+        if self.arm:
+            found["arm"] = self.arm
         if self.record is not None:
             found["record"] = self.record.as_dict()
         return found
@@ -89,7 +93,8 @@ class Explanation:
 
     def header(self) -> bytes:
         """Return the value of the response header: one line of JSON, ASCII."""
-        whole = json.dumps({"route": self.route(), "steps": self.trace.plain()})
+        arm: Plain = {"arm": self.arm} if self.arm else {}
+        whole = json.dumps({**arm, "route": self.route(), "steps": self.trace.plain()})
         if len(whole) > MAX_HEADER_BYTES:
             whole = json.dumps({"route": self.route(), "steps": "too many for a header"})
         if len(whole) > MAX_HEADER_BYTES:

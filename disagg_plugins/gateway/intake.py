@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import NoCapacityError
-from disagg_plugins.gateway.client_connection import JSON, ClientConnection, Request
+from disagg_plugins.gateway.client_connection import JSON, Request
 from disagg_plugins.gateway.counting import WaitsForCount
 from disagg_plugins.gateway.deadlines import timeout_of
 from disagg_plugins.gateway.entrance import (
@@ -30,6 +30,7 @@ from disagg_plugins.types import Decision, RequestProfile
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.explanations import Explanation
+    from disagg_plugins.gateway.reply import Client
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.gateway.token_counter import Counting, Ids
 
@@ -47,15 +48,16 @@ class Intake:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    def infer(self, request: Request, client: ClientConnection) -> None:
+    def infer(self, request: Request, client: Client) -> None:
         """Route one completion or chat request."""
         gateway, now_s = self._gateway, time.monotonic()
-        name = request_id(request.headers)
+        name = request.name or request_id(request.headers)
         try:
             parsed = parse_request(
                 request.path.partition(b"?")[0].decode("ascii"),
                 request.body,
                 chars_per_token=gateway.policy.scheduler.chars_per_token,
+                body=request.read,
             )
             self._check_model(parsed)
             self._check_room()
@@ -64,7 +66,7 @@ class Intake:
             if session is not None or tenant != parsed.tenant:
                 parsed = replace(parsed, session=session, tenant=tenant)
         except (RequestError, NoCapacityError) as exc:
-            self._refused(client, exc, b"x-request-id: %b\r\n" % name.encode("ascii"))
+            self._refused(client, exc, name, b"x-request-id: %b\r\n" % name.encode("ascii"))
             return
         counting = gateway.prompts.counting(parsed)
         ids = counting.ids() if counting is not None and counting.short else None
@@ -84,7 +86,7 @@ class Intake:
         self._route(request, client, parsed, ids, name, now_s)
 
     def _count(
-        self, client: ClientConnection, counting: Counting, go_on: Callable[[Ids | None], None]
+        self, client: Client, counting: Counting, go_on: Callable[[Ids | None], None]
     ) -> bool:
         """Begin to count a prompt on a thread; False when that cannot be done now."""
         counter = self._gateway.prompts.counter
@@ -104,7 +106,7 @@ class Intake:
     def _route(
         self,
         request: Request,
-        client: ClientConnection,
+        client: Client,
         parsed: ParsedRequest,
         ids: Ids | None,
         name: str,
@@ -124,6 +126,7 @@ class Intake:
             if timeout_s is not None:
                 profile = replace(profile, deadline_s=now_s + timeout_s)
             explanation = gateway.explanations.begin(profile)
+            explanation.arm = request.arm
             shared = upstream_headers(request.headers, name)
             pending = Pending(client, parsed, explanation, shared, lines, explained)
             decision = gateway.entrance.admit(pending)
@@ -133,7 +136,7 @@ class Intake:
                 explanation.refused = exc.problem
                 explanation.settle(len(self._gateway.fleet.workers))
                 more = _explain_line(explanation) if explained else b""
-            self._refused(client, exc, lines, more)
+            self._refused(client, exc, name, lines, more)
             return
         if decision is not None:
             self.begin(pending, decision)
@@ -143,7 +146,8 @@ class Intake:
         pending.explanation.refused = str(exc)
         pending.explanation.settle(len(self._gateway.fleet.workers))
         more = _explain_line(pending.explanation) if pending.explained else b""
-        self._refused(pending.client, exc, pending.answer_headers, more)
+        name = pending.profile.request_id
+        self._refused(pending.client, exc, name, pending.answer_headers, more)
 
     def begin(self, pending: Pending, decision: Decision, queue_s: float = 0.0) -> None:
         """Begin a request that was admitted."""
@@ -173,11 +177,14 @@ class Intake:
 
     def _refused(
         self,
-        client: ClientConnection,
+        client: Client,
         exc: RequestError | NoCapacityError,
+        name: str,
         lines: bytes,
         more: bytes = b"",
     ) -> None:
+        if self._gateway.observer is not None:
+            self._gateway.observer.refused(name, exc.status)
         if isinstance(exc, RequestError):
             self._gateway.metrics.count("disagg_client_errors", (str(exc.status),))
             client.answer(exc.status, exc.body(), JSON + lines)

@@ -66,14 +66,22 @@ class ParsedRequest:
         return not self.batch and self.body.get("n") in (None, 1)
 
 
-def parse_request(endpoint: str, raw: bytes, *, chars_per_token: float) -> ParsedRequest:
+def parse_request(
+    endpoint: str, raw: bytes, *, chars_per_token: float, body: Body | None = None
+) -> ParsedRequest:
     """Read a request body.
+
+    Args:
+        endpoint: ``COMPLETIONS`` or ``CHAT``.
+        raw: The body.
+        chars_per_token: By which a text's tokens are estimated.
+        body: The same, where it was read already.
 
     Raises:
         RequestError: 400; the body is not a JSON object, or a field that routing needs has a
             wrong type.
     """
-    body = read_body(raw)
+    body = read_body(raw) if body is None else body
     model = _typed(body, "model", str, "a string")
     stream = _typed(body, "stream", bool, "a boolean")
     user = _typed(body, "user", str, "a string")

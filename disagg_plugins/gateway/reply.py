@@ -8,11 +8,68 @@ fault in one request can put bytes into the answer of another.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.client_connection import ClientConnection
     from disagg_plugins.gateway.sending import Sender
+
+
+class Answering(Protocol):
+    """Whoever is making the answer."""
+
+    def client_gone(self) -> None:
+        """The connection is closed."""
+        ...
+
+    def client_slow(self, slow: bool) -> None:
+        """Unsent bytes passed the upper bound (True) or fell below the lower one (False)."""
+        ...
+
+
+class Client(Protocol):
+    """Who gets an answer: a connection, or what stands between it and an arm of a canary."""
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the bytes of the answer may be written with their framing (``lend``)."""
+        ...
+
+    @property
+    def lost_bytes(self) -> bool:
+        """Whether bytes of the answer could not be handed to the kernel."""
+        ...
+
+    def answering(self, by: Answering) -> Reply:
+        """Name who answers, and is told when the client goes or is slow."""
+        ...
+
+    def answer(self, status: int, body: bytes, lines: bytes) -> None:
+        """Send a whole answer."""
+        ...
+
+    def start(self, status: int, lines: bytes, first: bytes) -> None:
+        """Send the head of an answer of unknown length and its first bytes."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Send more of an answer that was started."""
+        ...
+
+    def complete(self, last: bytes = b"") -> None:
+        """End an answer that was started; ``last`` goes out with the end in one write."""
+        ...
+
+    def break_off(self, last: bytes) -> None:
+        """End an answer that was started so that it cannot be taken for complete."""
+        ...
+
+    def abort(self) -> None:
+        """Close the connection at once, unsent bytes and all."""
+        ...
+
+    def lend(self) -> Sender:
+        """Return a sender for one answer, to be revoked at its end."""
+        ...
 
 
 class Reply:
@@ -20,7 +77,7 @@ class Reply:
 
     __slots__ = ("_connection", "_sender", "open", "started")
 
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self, connection: Client) -> None:
         self._connection = connection
         self._sender: Sender | None = None
         self.open = True
@@ -61,7 +118,7 @@ class Reply:
     def abort(self) -> None:
         """Close the connection at once, unsent bytes and all."""
         if self.open:
-            self._connection.transport.abort()
+            self._connection.abort()
 
     def raw_writer(self) -> Callable[[bytes], None] | None:
         """Return what takes bytes with their chunk framing; None when no chunks are used."""

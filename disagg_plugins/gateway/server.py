@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, HandoffRef
     from disagg_plugins.gateway.exchange import Exchange
     from disagg_plugins.gateway.explanations import Explanation
+    from disagg_plugins.gateway.observer import Observer
     from disagg_plugins.gateway.parts import Parts
     from disagg_plugins.gateway.pool import WorkerPool
+    from disagg_plugins.gateway.reply import Client
     from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.policy import Policy
     from disagg_plugins.scheduling.trace import Trace
@@ -112,6 +114,7 @@ class Gateway:
         self.counting: set[WaitsForCount] = set()
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
+        self.observer: Observer | None = None
         self._changed = asyncio.Event()
         self._scheduler = parts.scheduler
         self.intake = Intake(self)
@@ -206,7 +209,7 @@ class Gateway:
 
     def refuse(
         self,
-        client: ClientConnection,
+        client: Client,
         status: int,
         message: str,
         *,
@@ -333,6 +336,8 @@ class Gateway:
                 self.ledger.close(ref.handoff_id, record, now_s)
 
     def _settle(self, record: RequestRecord) -> None:
+        if self.observer is not None:
+            self.observer.settled(record)
         self.recent.append((record.route, record.split, _reason_label(record.why)))
         if record.outcome == "ok":
             self.fleet.wrote(record)

@@ -105,6 +105,7 @@ class RequestRecord:
     could have known. It changes while a request runs, so it is a sign and no mean.
 
     Attributes:
+        arm: Of a canary; None without one.
         tpot_by: ``tokens``, or ``pieces`` where nobody told how many tokens the answer has: a piece
             of a stream then counts as one.
         hedge: How a second call for the answer ended: ``won`` (it answered), ``lost``, ``failed``;
@@ -157,6 +158,7 @@ class RequestRecord:
     decode_requests: int = 0
     decode_kv_tokens: int = 0
     decode_read_tokens: int = 0
+    arm: str | None = None
     gaps_s: list[float] | None = None
 
     def as_dict(self) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from disagg_plugins.canary.case import Terms
 from disagg_plugins.canary.guardrail import Guardrail
 from disagg_plugins.canary.keeper import Keeper, command
 from disagg_plugins.canary.metrics import Outcome
@@ -15,6 +16,7 @@ WALL = 1_790_000_000.0
 GUARDRAILS = [Guardrail(metric="error_rate", slack=0.2)]
 LEVEL = 0.05
 PLAN = Plan((10, 50, 100), bake_s=10.0, fingerprint="p")
+TERMS = Terms(tuple(GUARDRAILS), PLAN.step_level(LEVEL))
 LEASE_S = 15.0
 
 
@@ -50,8 +52,7 @@ class Site:
         return Keeper(
             store or self.store,
             plan,
-            GUARDRAILS,
-            LEVEL,
+            TERMS,
             gateway=gateway,
             writer=writer,
             lease_s=LEASE_S,
@@ -171,7 +172,7 @@ def test_requests_of_another_step_do_not_count(site):
     # they arrived at 10 % and ended late
     late = [(early.epoch, Outcome("candidate", 0.0, "error")) for _ in range(100)]
     assert keeper.look(site.now, late).weight == 50
-    assert keeper.report().verdicts[0].candidate.count == 0
+    assert keeper.report()[1].verdicts[0].candidate.count == 0
 
 
 def test_bake_time_is_counted_once_when_the_lead_goes_back_and_forth(site):
