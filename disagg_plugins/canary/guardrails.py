@@ -17,6 +17,7 @@ from disagg_plugins.errors import ConfigError, DamagedState
 if TYPE_CHECKING:
     from disagg_plugins.canary.comparison import Factors
     from disagg_plugins.canary.evidence import Logs
+    from disagg_plugins.canary.histogram import Histogram
     from disagg_plugins.canary.metrics import Outcome
 
 Action = Literal["rollback", "promote", "wait"]
@@ -186,6 +187,18 @@ class Guardrails:
         if guardrail.quantile is None:
             return self._shares[arm, guardrail.metric].figure(self.level)
         return self._amounts[arm, guardrail.metric].figure(guardrail.quantile, self.level)
+
+    def distributions(self) -> Mapping[str, tuple[Histogram, Histogram]]:
+        """Return the counts of each metric that has quantiles: of the baseline, the candidate."""
+        ours, theirs = ARMS
+        return {
+            metric.name: (
+                self._amounts[ours, metric.name].values,
+                self._amounts[theirs, metric.name].values,
+            )
+            for metric in self._metrics
+            if metric.kind != "share"
+        }
 
     def as_dict(self) -> dict[str, object]:
         """Return the evidence as plain values, for JSON."""

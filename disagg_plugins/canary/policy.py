@@ -29,6 +29,7 @@ from disagg_plugins.errors import ConfigError
 from disagg_plugins.policy_section import VARIABLE_NAME, Name, Seconds, SecretSource, Section
 
 if TYPE_CHECKING:
+    from disagg_plugins.canary.case import Terms
     from disagg_plugins.canary.guardrail import Guardrail
     from disagg_plugins.canary.parity import Allowed
 
@@ -405,6 +406,18 @@ class CanaryPolicy(Section):
             )
         return self
 
+    @property
+    def _parity(self) -> Allowed | None:
+        shadow = self.shadow
+        return shadow.parity.allowed() if shadow is not None and shadow.control > 0.0 else None
+
+    def terms(self, plan: Plan) -> Terms:
+        """Return what the candidate is judged by at one step of a plan."""
+        from disagg_plugins.canary.case import Terms
+
+        guardrails = tuple(g.guardrail() for g in self.guardrails)
+        return Terms(guardrails, plan.step_level(self.level), self._parity)
+
     def plan(self, candidate: bytes) -> Plan:
         """Return the plan of the rollout.
 
@@ -416,6 +429,7 @@ class CanaryPolicy(Section):
             "level": self.level,
             "horizon_s": self.horizon_s,
             "guardrails": [asdict(g.guardrail()) for g in self.guardrails],
+            "parity": self._parity and asdict(self._parity),
             "candidate": hashlib.sha256(candidate).hexdigest(),
         }
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from typing import TYPE_CHECKING
 
+from disagg_plugins.canary.candidate import read_candidate
 from disagg_plugins.cli.common import add_policy, read_policy, say, unknown_names
 from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy_advice import engine_advice
@@ -13,6 +15,7 @@ from disagg_plugins.policy_advice import engine_advice
 if TYPE_CHECKING:
     import argparse
 
+    from disagg_plugins.canary.trial import Trial
     from disagg_plugins.policy_file import LoadedPolicy
 
 
@@ -30,7 +33,7 @@ def run_gateway(loaded: LoadedPolicy, secret: bytes) -> None:
     records = loaded.policy.telemetry.records
     tokenizer = loaded.policy.scheduler.tokenizer
 
-    async def main(host: PluginHost) -> None:
+    async def main(host: PluginHost, trial: Trial | None) -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -50,19 +53,35 @@ def run_gateway(loaded: LoadedPolicy, secret: bytes) -> None:
             records_path=loaded.base_dir / records.expanduser() if records else None,
             base_dir=loaded.base_dir,
             tokenizer=loaded.base_dir / tokenizer.expanduser() if tokenizer else None,
+            trial=trial,
             ready=lambda _: say(f"gateway listens: http://{gateway.host}:{gateway.port}"),
             stop=stop,
         )
 
-    with PluginHost.load(loaded.policy.plugins) as host:
-        host.start(loaded.policy)
-        for each in (
-            *unknown_names(loaded.policy, host),
-            *engine_advice(loaded.policy, host.dialects()),
-        ):
-            say(f"warning: {each}")
+    with contextlib.ExitStack() as stack:
+        host = _host(stack, loaded)
+        trial = None
+        candidate = read_candidate(loaded)
+        if candidate is not None:
+            from disagg_plugins.canary.trial import Trial
+
+            for warning in candidate.loaded.warnings:
+                say(f"warning: the candidate: {warning}")
+            trial = Trial(candidate, _host(stack, candidate.loaded), loaded.base_dir)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(main(host))
+            runner.run(main(host, trial))
+
+
+def _host(stack: contextlib.ExitStack, loaded: LoadedPolicy) -> PluginHost:
+    """Return the plugins of a policy, which end with ``stack``."""
+    host = stack.enter_context(PluginHost.load(loaded.policy.plugins))
+    host.start(loaded.policy)
+    for each in (
+        *unknown_names(loaded.policy, host),
+        *engine_advice(loaded.policy, host.dialects()),
+    ):
+        say(f"warning: {each}")
+    return host
 
 
 class ServeCommand:

@@ -11,7 +11,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,8 @@ from disagg_plugins.telemetry.records import RecordFile
 from disagg_plugins.types import HandoffId, Worker
 
 if TYPE_CHECKING:
+    from disagg_plugins.canary.front import Front
+    from disagg_plugins.canary.trial import Trial
     from disagg_plugins.plugins import PluginHost
     from disagg_plugins.policy import Policy
 
@@ -53,6 +54,7 @@ async def serve(
     records_path: Path | None = None,
     base_dir: Path | None = None,
     tokenizer: Path | None = None,
+    trial: Trial | None = None,
     ready: Callable[[Gateway], object] | None = None,
     stop: asyncio.Event,
 ) -> None:
@@ -65,25 +67,33 @@ async def serve(
         records_path: Where to write records; None: nowhere.
         base_dir: Folder where relative paths of the policy start; None: the current one.
         tokenizer: The model's folder or ``tokenizer.json``; None: as the policy says.
-        ready: Called once the port accepts connections.
+        trial: What the policy's canary tries.
+        ready: Called once the port accepts connections; of a canary with the baseline's gateway.
         stop: Set it to end; open requests get ``gateway.drain_s``.
 
     Raises:
-        ConfigError: The policy declares a canary, the port is in use, the records cannot be
-            written, or an engine of the fleet has no dialect.
+        ConfigError: The policy declares a canary and no trial of it is given, the port is in use,
+            the records cannot be written, or an engine of the fleet has no dialect.
     """
-    _check_canary(policy)
+    _check_canary(policy, trial)
     _check_engines(policy, host)
+    if trial is not None:
+        _check_engines(trial.policy, trial.host)
     records = RecordFile(records_path) if records_path is not None else None
     try:
         sock = _listen(policy)
         try:
             path = tokenizer or policy.scheduler.tokenizer
-            parts = _parts(policy, host, secret, records, path)
-            watch = policy.fleet.watch
-            if watch is not None:
-                parts = replace(parts, watch=(base_dir or Path()) / watch.expanduser())
-            await _run(policy, parts, sock, ready, stop)
+            parts = parts_of(policy, host, secret, records, path, base_dir)
+
+            def alone(tasks: asyncio.TaskGroup) -> Gateway:
+                return Gateway(policy, parts, tasks)
+
+            if trial is None or policy.canary is None:
+                await _run(policy, alone, sock, ready, stop)
+            else:
+                with trial.opened(policy.canary, policy, secret) as join:
+                    await _run(policy, lambda tasks: join(alone(tasks), tasks), sock, ready, stop)
         finally:
             sock.close()
     finally:
@@ -123,7 +133,7 @@ def run(
 
 async def _run(
     policy: Policy,
-    parts: Parts,
+    make: Callable[[asyncio.TaskGroup], Gateway | Front],
     sock: socket.socket,
     ready: Callable[[Gateway], object] | None,
     stop: asyncio.Event,
@@ -131,7 +141,7 @@ async def _run(
     ending = _Insisting()
     try:
         async with asyncio.TaskGroup() as tasks:
-            gateway = Gateway(policy, parts, tasks)
+            gateway = make(tasks)
             server = await asyncio.get_running_loop().create_server(
                 lambda: ClientConnection(gateway), sock=sock, backlog=BACKLOG
             )
@@ -139,7 +149,7 @@ async def _run(
             log.info("listening on http://%s:%d", policy.gateway.host, policy.gateway.port)
             try:
                 if ready is not None:
-                    ready(gateway)
+                    ready(gateway if isinstance(gateway, Gateway) else gateway.baseline)
                 await stop.wait()
             finally:
                 server.close()
@@ -179,13 +189,13 @@ class _Insisting:
         self.start(running)
 
 
-def _check_canary(policy: Policy) -> None:
+def _check_canary(policy: Policy, trial: Trial | None) -> None:
     """Refuse what would be configured and not happen."""
-    if policy.canary is not None:
+    if policy.canary is not None and trial is None:
         raise ConfigError(
-            "this release divides no traffic: the candidate would get none",
+            "the candidate was not given: it would get no traffic",
             key="canary",
-            fix="remove the section; `disagg policy check` reads it, so that it can be prepared",
+            fix="start with `disagg serve`, which reads its policy, or give it to `serve`",
         )
 
 
@@ -201,14 +211,17 @@ def _check_engines(policy: Policy, host: PluginHost) -> None:
             )
 
 
-def _parts(
+def parts_of(
     policy: Policy,
     host: PluginHost,
     secret: bytes,
     records: RecordFile | None,
     tokenizer: Path | None,
+    base_dir: Path | None,
 ) -> Parts:
+    """Return what a gateway is built from; ``tokenizer`` and ``base_dir`` as in ``serve``."""
     ticket_s = policy.handoff.ticket_s
+    watch = policy.fleet.watch
 
     def new_handoff(
         prefill: Worker,
@@ -244,6 +257,7 @@ def _parts(
         records=records,
         plugin_failures=plugin_failures,
         rebalance=host.placement.select_rebalance,
+        watch=None if watch is None else (base_dir or Path()) / watch.expanduser(),
         counter=None if tokenizer is None else load_token_counter(tokenizer),
     )
 

@@ -22,6 +22,8 @@ from disagg_plugins.gateway.wire import header_value
 from disagg_plugins.telemetry.reports import MAX_BODY_BYTES, read_reports, verify
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from disagg_plugins.gateway.client_connection import ClientConnection, Request
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.gateway.worker_state import WorkerState
@@ -81,8 +83,7 @@ def explain(gateway: Gateway, request: Request, client: ClientConnection) -> Non
     """Answer why a recent request went where it went; to the same clients as the status."""
     if not may_see(gateway, request, client):
         return
-    query = request.path.partition(b"?")[2].decode("latin-1")
-    name = parse_qs(query, max_num_fields=4).get("id", [""])[0]
+    name = explained(request)
     explanation = gateway.explanations.of(name)
     if explanation is None:
         message = (
@@ -92,6 +93,20 @@ def explain(gateway: Gateway, request: Request, client: ClientConnection) -> Non
         gateway.refuse(client, 404, message, code="unknown_request")
         return
     client.answer(200, encode(explanation.plain()))
+
+
+def explained(request: Request) -> str:
+    """Return the id of the request that is asked about."""
+    return query_value(request.path, "id")
+
+
+def query_value(path: bytes, key: str) -> str:
+    """Return one value of a target's query, or an empty string."""
+    try:
+        found = parse_qs(path.partition(b"?")[2].decode("latin-1"), max_num_fields=4)
+    except ValueError:  # more fields than anybody here asks for
+        return ""
+    return found.get(key, [""])[0]
 
 
 def may_see(gateway: Gateway, request: Request, client: ClientConnection) -> bool:
@@ -209,8 +224,20 @@ def _split_share(gateway: Gateway) -> dict[str, object]:
     }
 
 
-def reports(gateway: Gateway, request: Request, client: ClientConnection) -> None:
-    """Take signed reports of workers."""
+def reports(
+    gateway: Gateway,
+    request: Request,
+    client: ClientConnection,
+    pick: Callable[[Mapping[str, object]], Gateway] | None = None,
+) -> None:
+    """Take signed reports of workers.
+
+    Args:
+        gateway: Who takes them.
+        request: The request.
+        client: Who sent it.
+        pick: Returns who takes a report, where several do.
+    """
     if len(request.body) > MAX_BODY_BYTES:
         _refuse(gateway, client, 413, "too_large", f"reports exceed {MAX_BODY_BYTES} bytes")
         return
@@ -225,7 +252,7 @@ def reports(gateway: Gateway, request: Request, client: ClientConnection) -> Non
         _refuse(gateway, client, 400, "malformed", str(exc))
         return
     for report in found:
-        _take(gateway, report)
+        _take(gateway if pick is None else pick(report), report)
     client.answer(204, b"", b"")
 
 

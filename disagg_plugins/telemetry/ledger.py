@@ -54,6 +54,9 @@ class HandoffLedger:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __contains__(self, handoff_id: str) -> bool:
+        return handoff_id in self._open
+
     def open(self, handoff_id: str) -> None:
         """Begin to listen for reports of a handoff."""
         self._open[handoff_id] = _Entry(HandoffRecord(handoff_id))

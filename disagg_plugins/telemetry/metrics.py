@@ -48,6 +48,13 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "disagg_reports_rejected": ("Worker reports that were refused.", ("reason",)),
     "disagg_reports_received": ("Worker reports by kind.", ("kind",)),
     "disagg_records_dropped": ("Records that were not written.", ()),
+    "disagg_canary_requests": ("Requests by arm, and what chose it.", ("arm", "by")),
+    "disagg_canary_fallbacks": (
+        "Requests that the baseline answered because the candidate failed.",
+        (),
+    ),
+    "disagg_shadow_copies": ("Copies of requests, by the arm that they went to.", ("arm",)),
+    "disagg_shadow_lost": ("Copies of which no pair came, by their arm.", ("arm",)),
     "disagg_client_errors": ("Requests that the gateway itself refused.", ("status",)),
 }
 

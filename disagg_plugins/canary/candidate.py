@@ -1,0 +1,115 @@
+"""The candidate of a canary: its policy file, checked against the baseline's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from disagg_plugins.credentials import read_authorization
+from disagg_plugins.errors import ConfigError
+from disagg_plugins.policy_file import read_policy
+
+if TYPE_CHECKING:
+    from disagg_plugins.canary.policy import CanaryPolicy
+    from disagg_plugins.canary.rollout import Plan
+    from disagg_plugins.policy_file import LoadedPolicy
+
+KEY = "canary.candidate"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What the gateway needs of a candidate.
+
+    Attributes:
+        loaded: Its policy.
+        plan: Of the rollout.
+        authorization: What copies carry as ``authorization``; None: nothing.
+    """
+
+    loaded: LoadedPolicy
+    plan: Plan
+    authorization: str | None
+
+
+def read_candidate(baseline: LoadedPolicy) -> Candidate | None:
+    """Return the candidate of a policy; None where it has no canary.
+
+    Raises:
+        ConfigError: The candidate's policy is missing or wrong, or does not go with the baseline's.
+    """
+    canary = baseline.policy.canary
+    if canary is None:
+        return None
+    path = baseline.base_dir / canary.candidate.expanduser()
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}", file=str(baseline.path), key=KEY)
+    loaded = read_policy(path)
+    _check(baseline, loaded)
+    authorization = None
+    if canary.shadow is not None and canary.shadow.authorization is not None:
+        authorization = read_authorization(
+            canary.shadow.authorization, baseline.base_dir, "canary.shadow.authorization"
+        )
+    return Candidate(loaded, plan_of(baseline, canary), authorization)
+
+
+def plan_of(baseline: LoadedPolicy, canary: CanaryPolicy) -> Plan:
+    """Return the plan of a rollout.
+
+    Raises:
+        ConfigError: The candidate's policy cannot be read.
+    """
+    path = baseline.base_dir / canary.candidate.expanduser()
+    try:
+        return canary.plan(path.read_bytes())
+    except OSError as exc:
+        raise ConfigError(
+            f"cannot read {path}: {exc.strerror}", file=str(baseline.path), key=KEY
+        ) from exc
+
+
+def _check(baseline: LoadedPolicy, candidate: LoadedPolicy) -> None:
+    ours, theirs = baseline.policy, candidate.policy
+    where = str(candidate.path)
+    if theirs.canary is not None:
+        raise ConfigError("a candidate has no canary of its own", file=where, key="canary")
+    if not theirs.fleet.workers and theirs.fleet.watch is None:
+        raise ConfigError(
+            "the candidate has no worker: every request that it gets would fail",
+            file=where,
+            key="fleet.workers",
+        )
+    twice = sorted({w.name for w in ours.fleet.workers} & {w.name for w in theirs.fleet.workers})
+    if twice:
+        raise ConfigError(
+            f"workers of both arms are named {', '.join(twice)}",
+            file=where,
+            key="fleet.workers",
+            fix="workers report under their names to one gateway: give each a name of its own",
+        )
+    if ours.model is not None and theirs.model is not None and ours.model != theirs.model:
+        raise ConfigError(
+            f"the arms serve different models: {ours.model!r} and {theirs.model!r}",
+            file=where,
+            key="model",
+            fix="a canary compares two deployments of one model",
+        )
+    if baseline.secret() != candidate.secret():
+        raise ConfigError(
+            "the arms have different secrets, and their workers report to one gateway",
+            file=where,
+            key="secret",
+            fix="name the same secret in both policies",
+        )
+    same = ours.telemetry.records is not None and (
+        baseline.base_dir / ours.telemetry.records.expanduser()
+        == candidate.base_dir / (theirs.telemetry.records or ours.telemetry.records).expanduser()
+    )
+    if same and theirs.telemetry.records is not None:
+        raise ConfigError(
+            "both arms write their records to one file",
+            file=where,
+            key="telemetry.records",
+            fix="name another one",
+        )
