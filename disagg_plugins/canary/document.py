@@ -37,7 +37,6 @@ def document(front: Front, report: Report, *, may_act: bool) -> Plain:
     view, canary, plan = front.lookout.view, front.canary, front.plan
     progress = view.progress
     now_s = time.time()
-    traffic = front.traffic
     return {
         "now_s": now_s,
         "canary": canary.store.name,
@@ -64,7 +63,7 @@ def document(front: Front, report: Report, *, may_act: bool) -> Plain:
         "lacks": list(view.lacks),
         "trouble": view.trouble,
         "arms": {arm: _arm(gateway) for arm, gateway in front.arms.items()},
-        "counted": {"skipped": traffic.skipped, **{a: traffic.counted[a] for a in front.arms}},
+        "counted": _counted(front),
         "guardrails": [_guardrail(v) for v in report.judgement.verdicts],
         "parity": None if report.parity is None else _parity(report.parity, report),
         "history": [_point(point) for point in front.lookout.history],
@@ -75,6 +74,12 @@ def document(front: Front, report: Report, *, may_act: bool) -> Plain:
         "shadow": _shadow(front),
         "decisions": [decision.as_dict() for decision in report.decisions],
     }
+
+
+def _counted(front: Front) -> Plain:
+    traffic = front.traffic
+    found: Plain = {arm: traffic.counted[arm] for arm in front.arms}
+    return {**found, "skipped": traffic.skipped}
 
 
 def _arm(gateway: Gateway) -> Plain:

@@ -131,7 +131,7 @@ class Keeper:
         case = self._ours
         known = self._known
         if known is not None and known.progress.active:
-            with contextlib.suppress(StoreError, DamagedState):
+            with contextlib.suppress(StoreError, DamagedState, ConfigError):
                 case, _ = self._gather(known.progress.epoch)
         return (case, *case.judge())
 

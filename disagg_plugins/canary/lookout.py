@@ -21,7 +21,7 @@ from disagg_plugins.canary.keeper import View, command
 from disagg_plugins.canary.progress import Progress
 from disagg_plugins.canary.rollout import Instant
 from disagg_plugins.canary.shadow import Pair
-from disagg_plugins.errors import DamagedState, StoreConflict, StoreError
+from disagg_plugins.errors import ConfigError, DamagedState, StoreError
 
 if TYPE_CHECKING:
     from disagg_plugins.canary.case import Case
@@ -54,6 +54,10 @@ MOST_HISTORY = 1_000
 """Points kept: 8 hours of a rollout."""
 
 MOST_DECISIONS = 100
+
+
+MEMORY_ERRORS = (StoreError, DamagedState, ConfigError)
+"""What reading or writing the memory may raise."""
 
 
 def instant() -> Instant:
@@ -209,7 +213,7 @@ class Lookout:
         await self.look()
         try:
             await self._on_thread(self._end)
-        except (StoreError, StoreConflict, DamagedState) as exc:
+        except MEMORY_ERRORS as exc:
             log.warning("the canary's memory could not be told of the end: %s", exc)
         finally:
             self._thread.shutdown(wait=False)
@@ -238,7 +242,7 @@ class Lookout:
         decisions: tuple[Decision, ...] = ()
         try:
             decisions = tuple(self._store.decisions(most=MOST_DECISIONS))
-        except (StoreError, DamagedState) as exc:
+        except MEMORY_ERRORS as exc:
             log.info("the canary's log cannot be read: %s", exc)
         case, judgement, parity = self._keeper.report()
         return Report(time.monotonic(), case, judgement, parity, decisions)

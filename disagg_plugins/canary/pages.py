@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from disagg_plugins.canary.document import document
-from disagg_plugins.canary.lookout import DOS
+from disagg_plugins.canary.lookout import DOS, MEMORY_ERRORS
 from disagg_plugins.canary.page_files import static
 from disagg_plugins.canary.page_token import Tokens
-from disagg_plugins.errors import AuthenticationError, DamagedState, RolloutRefused, StoreError
+from disagg_plugins.errors import AuthenticationError, RolloutRefused
 from disagg_plugins.gateway.endpoints import encode, may_see, query_value
 from disagg_plugins.gateway.wire import header_value
 
@@ -170,7 +170,7 @@ async def _answer(
         reply.answer(200, body, JSON_LINES)
     except RolloutRefused as exc:
         _fail(front, reply, 409, str(exc), "refused")
-    except (StoreError, DamagedState) as exc:
+    except MEMORY_ERRORS as exc:
         _fail(front, reply, 503, str(exc), "store")
     except TimeoutError:
         message = f"the canary's memory did not answer within {ANSWER_S:g} s"

@@ -50,6 +50,14 @@ class Admin:
         self._secret = secret
 
     def ask(self, method: str, name: str = "", body: object = None) -> tuple[int, Any]:
+        """Return status and answer of a signed request about one worker, or all.
+
+        Raises:
+            TransportError: See ``ask_at``.
+        """
+        return self.ask_at(method, f"{PATH}/{quote(name, safe='')}" if name else PATH, body)
+
+    def ask_at(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         """Return status and answer of a signed request.
 
         Raises:
@@ -58,7 +66,6 @@ class Admin:
         from disagg_plugins.gateway.admin import signed_headers
         from disagg_plugins.telemetry.reports import SIGNATURE_HEADER, report_key, sign
 
-        path = f"{PATH}/{quote(name, safe='')}" if name else PATH
         raw = b"" if body is None else json.dumps(body).encode()
         now_s = time.time()
         if method == "GET":
