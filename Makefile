@@ -184,13 +184,13 @@ chaos: $(DEV)/.ready ## Kill, stop and cut off pretend workers under load: no re
 compatibility: dev ## Print which pairs of engines the tests of test-engine handed KV over between.
 	$(DEV)/bin/python tests/engines/compatibility.py .run/compatibility.json > migration_guides/compatibility.md
 
-BENCHMARKS := decisions handoff gateway policy parity engines interference memory transfer sequential canary_parity
+BENCHMARKS := canary decisions handoff gateway policy parity engines interference memory transfer sequential canary_parity
 BENCH_IN_VLLM := $(filter parity engines interference memory transfer,$(NAME))$(filter --real,$(ARGS))
 
 bench-name:
 	@[ -n "$(filter $(BENCHMARKS),$(NAME))" ] || { echo "make bench: NAME is one of: $(BENCHMARKS)" >&2; exit 2; }
 
-bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=decisions|handoff|gateway|policy|parity|engines|interference|memory|transfer|sequential|canary_parity [ARGS=...].
+bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=canary|decisions|handoff|gateway|policy|parity|engines|interference|memory|transfer|sequential|canary_parity [ARGS=...].
 	$(if $(BENCH_IN_VLLM),$(VLLM),$(BENCH))/bin/python tests/benchmarks/$(NAME).py $(ARGS)
 
 clean: ## Remove what the targets above made: environments, models, caches.
