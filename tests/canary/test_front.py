@@ -12,7 +12,7 @@ import pytest
 
 from disagg_plugins.canary.override import MintedBy, mint_override
 from disagg_plugins.testing.fake_engine import Behaviour
-from tests.canary.side_by_side import build_side_by_side
+from tests.canary.side_by_side import SideBySide, build_side_by_side
 from tests.gateway.harness import SECRET, eventually
 
 
@@ -173,3 +173,24 @@ def test_status_and_workers_of_the_candidate_are_asked_for_by_arm(arms) -> None:
     for target, name in (("/internal/status", "b0"), ("/internal/status?arm=candidate", "c0")):
         _, _, body = site.request("GET", target)
         assert [w["name"] for w in json.loads(body)["workers"]] == [name]
+
+
+def test_a_gateway_that_comes_back_goes_on_at_the_same_step(arms, tmp_path) -> None:
+    site = arms(canary={"bake_s": 3600})
+    site.command("start")
+    site.wait_weight(50)
+    ask(site, 40)
+    site.stop()
+    again = SideBySide(tmp_path)
+    again.engines = site.engines
+    again.start()
+    try:
+        again.wait_weight(50)
+        again.wait_all_healthy()
+        assert set(ask(again, 20)) == {200}
+        eventually(lambda: sum(again.front.traffic.counted.values()) == 20, "counted")
+        figures = again.document()["guardrails"][0]
+        counted = figures["baseline"]["count"] + figures["candidate"]["count"]
+        assert counted == 60  # what was counted before the end is not lost
+    finally:
+        again.stop()
