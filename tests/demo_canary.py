@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ CANARY: dict[str, Any] = {
         },
     ],
     "shadow": {
-        "share": 0.5,
+        "share": 0.3,
         "control": 0.5,
         "max_in_flight": 4,
         "max_per_s": 4.0,
@@ -144,8 +145,8 @@ class Traffic:
 class Rollout:
     """The canary, by the commands that an operator types."""
 
-    def __init__(self, policy: Path) -> None:
-        self._policy = policy
+    def __init__(self, policy: Path, url: str) -> None:
+        self._policy, self._url = policy, url
 
     def command(self, *words: str) -> str:
         """Run ``disagg canary``; return what it printed."""
@@ -163,7 +164,8 @@ class Rollout:
 
     def look(self) -> dict[str, Any]:
         """Return the whole document."""
-        found: dict[str, Any] = json.loads(self.command("status", "--json"))
+        with urllib.request.urlopen(f"{self._url}/internal/canary", timeout=60) as answer:
+            found: dict[str, Any] = json.load(answer)
         return found
 
     def wait(self, phases: tuple[str, ...], within_s: float) -> dict[str, Any]:
@@ -188,7 +190,7 @@ class Rollout:
                     f"  {phase} at {found['progress']['weight']} %, {counted['baseline']} and "
                     f"{counted['candidate']} requests counted; {found['lacks'][:1]}"
                 )
-            time.sleep(2.0)  # each look is a process of its own
+            time.sleep(1.0)
 
 
 def install_damaged(folder: Path) -> dict[str, str]:
@@ -290,7 +292,7 @@ def faulty(name: str, bed: Testbed, rollout: Rollout, traffic: Traffic) -> dict[
     say(f"planted: {name}")
     began_s = time.monotonic()
     with FAULTS[name](bed):
-        found = rollout.wait(("rolled_back", "completed"), ROLLBACK_S)
+        found = rollout.wait(("rolled_back", "aborted", "completed"), ROLLBACK_S)
         seconds = time.monotonic() - began_s
         asked = traffic.since(began_s)
     rolled_back = found["progress"]["phase"] == "rolled_back"
@@ -318,8 +320,9 @@ def run(model: Path, folder: Path, names: list[str]) -> dict[str, Any]:
     env = install_damaged(folder.resolve())
     os.environ.update(env)  # the gateway knows the transport by name, too
     servers = [
-        Server("monolith", "monolith", (0, 1)),
-        Server("prefill", "prefill", (0,), env=env),
+        # one core each: threads on two cores that others use too wait for each other in vain
+        Server("monolith", "monolith", (0,)),
+        Server("prefill", "prefill", (1,), env=env),
         Server("decode", "decode", (1,), env=env),
     ]
     policy = {"scheduler": {"split": {"rule": "always"}}, "handoff": HANDOFF}
@@ -332,7 +335,7 @@ def run(model: Path, folder: Path, names: list[str]) -> dict[str, Any]:
             answer = complete(bed.urls["monolith"], text, max_tokens=TOKENS, model=MODEL_NAME)
             right[text] = answer.text
         traffic = Traffic(bed.gateway_url, texts, right)
-        rollout = Rollout(bed.serve_path)
+        rollout = Rollout(bed.serve_path, bed.gateway_url)
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
             clients = [pool.submit(traffic.ask, seed) for seed in range(CLIENTS)]
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 from contextlib import ExitStack
@@ -194,3 +195,20 @@ def test_a_gateway_that_comes_back_goes_on_at_the_same_step(arms, tmp_path) -> N
         assert counted == 60  # what was counted before the end is not lost
     finally:
         again.stop()
+
+
+def test_the_answer_of_a_request_that_went_elsewhere_is_whole_on_one_connection(arms) -> None:
+    """Many requests on one connection, half of which the candidate fails."""
+    site = arms(behaviours={"c0": Behaviour(status=503)}, canary={"bake_s": 3600})
+    site.command("start")
+    site.wait_weight(50)
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
+    body = json.dumps({"model": "fake-model", "prompt": "hi", "stream": True, "max_tokens": 3})
+    for _ in range(30):
+        connection.request("POST", "/v1/completions", body)
+        answer = connection.getresponse()
+        text = answer.read()
+        assert answer.status == 200
+        assert text.count(b"[DONE]") == 1
+    connection.close()
+    assert site.metric("disagg_canary_fallbacks") > 3
