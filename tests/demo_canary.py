@@ -68,7 +68,7 @@ CANARY: dict[str, Any] = {
     "guardrails": [
         {"metric": "error_rate", "slack": 0.2, "min_samples": 20},
         # on two cores that three servers share, splitting has no speed to win
-        {"metric": "e2e", "quantile": 0.5, "ratio": 3.0, "min_samples": 20},
+        {"metric": "goodput", "slack": 0.3, "min_samples": 20},
         {"metric": "error_rate", "limit": 0.3, "required": False, "min_samples": 20},
         {
             "metric": "split_share",
@@ -86,6 +86,13 @@ CANARY: dict[str, Any] = {
         "timeout_s": 30.0,
         "parity": {"min_pairs": 12, "prompt_tokens": []},
     },
+}
+
+
+SLO = {
+    "split": {"rule": "always"},
+    "slo_classes": {"demo": {"ttft_s": 8.0, "tpot_s": 0.8}},
+    "default_slo_class": "demo",
 }
 
 
@@ -214,6 +221,7 @@ def write_baseline(bed: Testbed) -> Path:
         "model": MODEL_NAME,
         "fleet": {"workers": [worker]},
         "gateway": {"port": port},
+        "scheduler": SLO,
         "telemetry": {"records": "baseline.jsonl"},
         "canary": CANARY,
     }
@@ -224,7 +232,7 @@ def write_baseline(bed: Testbed) -> Path:
 
 @contextmanager
 def slow_decode(bed: Testbed):
-    """Let the decode worker work for a tenth of the time."""
+    """Let the decode worker work for a twentieth of the time."""
     processes = engine_processes(bed, "decode")
     ended = threading.Event()
 
@@ -232,7 +240,7 @@ def slow_decode(bed: Testbed):
         while not ended.is_set():
             for process in processes:
                 process.suspend()
-            ended.wait(0.9)
+            ended.wait(1.9)
             for process in processes:
                 process.resume()
             time.sleep(0.1)
@@ -325,7 +333,7 @@ def run(model: Path, folder: Path, names: list[str]) -> dict[str, Any]:
         Server("prefill", "prefill", (1,), env=env),
         Server("decode", "decode", (1,), env=env),
     ]
-    policy = {"scheduler": {"split": {"rule": "always"}}, "handoff": HANDOFF}
+    policy = {"scheduler": SLO, "handoff": HANDOFF}
     texts = list(prompts([80 + 10 * i for i in range(NUM_PROMPTS)], seed=5))
     bed = Testbed(folder, model, servers, flags=FLAGS, policy=policy, say=say)
     bed.serve_path = write_baseline(bed)
