@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from disagg_plugins.canary.rollout import Plan
     from disagg_plugins.gateway.body import Body
     from disagg_plugins.gateway.client_connection import ClientConnection, Request
+    from disagg_plugins.gateway.reply import Client
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.policy import Policy
     from disagg_plugins.telemetry.metrics import Metrics
@@ -69,6 +70,10 @@ class ArmObserver:
 
     def __init__(self, front: Front, arm: Arm) -> None:
         self._front, self._arm = front, arm
+
+    def began(self, name: str) -> None:
+        """See ``Observer``."""
+        self._front.traffic.began(name, self._arm)
 
     def refused(self, name: str, status: int) -> None:
         """See ``Observer``."""
@@ -127,7 +132,7 @@ class Front:
         grace_s = max(g.policy.telemetry.report_wait_s for g in self.arms.values()) + 1.0
         self.traffic = Traffic(canary.horizon_s, grace_s)
         self._secret = secret
-        self._asked: dict[ClientConnection, tuple[str, Arm]] = {}
+        self._asked: dict[ClientConnection, str] = {}
         self._rules: tuple[Match, ...] = tuple(rule.match() for rule in canary.rules)
         self._sticky: Sticky = canary.sticky
         self._prefixes = canary.sticky == "prefix"
@@ -225,10 +230,14 @@ class Front:
             slo = self.policy.scheduler.slo_classes.get(slo_class or "", NO_SLO)
             stream = body.get("stream") is True
             now_s = time.monotonic()
+            if name in self.traffic:  # a client's id, which another request of it has still
+                request.name = name = request_id(())
             self.traffic.enter(name, Arrived(arm, now_s, stream, slo.ttft_s, slo.tpot_s))
-            self._asked[client] = (name, arm)
+            self._asked[client] = name
         if arm == "candidate":
-            through = ArmClient(client, elsewhere=lambda _: self._elsewhere(request, client))
+            through: Client = client  # who asked for the candidate wants to hear how it fails
+            if assignment.by != "override":
+                through = ArmClient(client, elsewhere=lambda _: self._elsewhere(request, client))
             self.candidate.intake.infer(request, through)
         elif self.copies is not None:
             self._with_copy(self.copies, request, client, endpoint, body, assignment)
@@ -305,25 +314,25 @@ class Front:
 
     def refused(self, arm: Arm, name: str, status: int) -> None:
         """A request of an arm was refused before it went to a worker."""
-        self.traffic.refused(name, arm, status, time.monotonic())
+        if not self.draining:  # what the end of the gateway refuses is no fault of its arm
+            self.traffic.refused(name, arm, status, time.monotonic())
         if self.copies is not None:
             self.copies.ended(arm, name, None)
 
     def settled(self, arm: Arm, record: RequestRecord) -> None:
         """A request of an arm is over."""
         record.arm = arm
-        self.traffic.settled(record, arm)
+        if record.outcome != "closed":  # as above
+            self.traffic.settled(record, arm)
         if self.copies is not None:
             self.copies.ended(arm, record.request_id, record)
 
     def left(self, client: ClientConnection) -> None:
         """A client connection is closed."""
         self.connections.discard(client)
-        name, arm = self._asked.pop(client, ("", "baseline"))
-        if name in self.traffic:
-            explanation = self.arms[arm].explanations.of(name)
-            if explanation is None or explanation.record is None:  # it never began
-                self.traffic.left(name, time.monotonic())
+        name = self._asked.pop(client, None)
+        if name is not None and not self.draining:
+            self.traffic.left(name, time.monotonic())
         self._changed.set()
 
     # The rollout
@@ -373,7 +382,10 @@ class Front:
                     log.exception("a connection could not be closed in time")
                     client.abort()
             if self.copies is not None:
-                self.copies.sweep(now_s)
+                try:
+                    self.copies.sweep(now_s)
+                except Exception:  # this task's end would end the gateway
+                    log.exception("copies could not be given up in time")
 
     async def drain(self) -> None:
         """Let open requests end within the arms' ``drain_s``; then close everything."""
