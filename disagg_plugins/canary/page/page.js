@@ -129,6 +129,7 @@
     const data = [x, ...["baseline", "candidate"].flatMap((a) => [get(a, 0), get(a, 1), get(a, 2)]), points.map((p) => p.figures[chosen].allowed)];
     const line = (label, color, more) => ({ label, stroke: color, width: 2, spanGaps: true, ...more });
     const base = css("--base"), cand = css("--cand"), thin = { width: 1, dash: [3, 3], points: { show: false } };
+    if (points.length < 2) { box.append(make("p", "Lines begin with the second point, half a minute after the first.")); return; }
     const canvas = make("div", null, { class: "chart", role: "img", "aria-label": `${chosen} over time; the table of guardrails tells the last values` });
     box.append(canvas);
     charts.push(new uPlot({
