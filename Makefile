@@ -47,7 +47,7 @@ UV_READY := $(if $(UV_ON_PATH),,$(TOOLS)/bin/uv)
 
 PACKAGE_FILES := pyproject.toml disagg_plugins/__init__.py
 
-.PHONY: help dev vllm sglang model model-tests lint test-quick test test-engine test-vllm test-sglang test-wheel demo chaos compatibility bench bench-name clean python
+.PHONY: help dev vllm sglang model model-tests lint test-quick test test-engine test-vllm test-sglang test-wheel demo demo-canary chaos compatibility bench bench-name clean python
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -178,20 +178,23 @@ ENGINE := vllm
 demo: model $(if $(filter vllm,$(ENGINE)),,sglang) ## Split a real model over two real workers and compare with one: make demo [ENGINE=vllm|sglang|mixed], writes demo.json.
 	$(VLLM)/bin/python tests/demo.py --engine $(ENGINE) --model $(MODEL) --out demo.json
 
+demo-canary: model ## Move live traffic from a monolithic vLLM to a split one, then plant faults that must be rolled back; writes canary.json.
+	$(VLLM)/bin/python tests/demo_canary.py --model $(MODEL) --out canary.json
+
 chaos: $(DEV)/.ready ## Kill, stop and cut off pretend workers under load: no request may be lost, wrong or left: make chaos [ARGS="--seed 7"].
 	$(DEV)/bin/python tests/chaos/run.py $(ARGS)
 
 compatibility: dev ## Print which pairs of engines the tests of test-engine handed KV over between.
 	$(DEV)/bin/python tests/engines/compatibility.py .run/compatibility.json > migration_guides/compatibility.md
 
-BENCHMARKS := decisions handoff gateway policy parity engines interference memory transfer sequential canary_parity
+BENCHMARKS := canary decisions handoff gateway policy parity engines interference memory transfer sequential canary_parity
 BENCH_IN_VLLM := $(filter parity engines interference memory transfer,$(NAME))$(filter --real,$(ARGS))
 
 bench-name:
 	@[ -n "$(filter $(BENCHMARKS),$(NAME))" ] || { echo "make bench: NAME is one of: $(BENCHMARKS)" >&2; exit 2; }
 
-bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=decisions|handoff|gateway|policy|parity|engines|interference|memory|transfer|sequential|canary_parity [ARGS=...].
+bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=canary|decisions|handoff|gateway|policy|parity|engines|interference|memory|transfer|sequential|canary_parity [ARGS=...].
 	$(if $(BENCH_IN_VLLM),$(VLLM),$(BENCH))/bin/python tests/benchmarks/$(NAME).py $(ARGS)
 
 clean: ## Remove what the targets above made: environments, models, caches.
-	rm -rf .venvs .models .run dist build demo.json .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venvs .models .run dist build demo.json canary.json .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

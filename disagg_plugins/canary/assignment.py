@@ -122,6 +122,9 @@ class Assignment:
         """Whether chance decided, so that the request is evidence."""
         return self.place is not None
 
+    def __str__(self) -> str:
+        return self.words
+
     @property
     def words(self) -> str:
         """Return it in words, for records and explanations; no key of a request is told."""

@@ -11,8 +11,11 @@ import numpy as np
 from disagg_plugins.canary.histogram import BINS_PER_DECADE, EDGES, LOWER, UPPER
 from disagg_plugins.canary.lookout import title
 from disagg_plugins.canary.metrics import METRICS
+from disagg_plugins.canary.rollout import UNDECIDED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from disagg_plugins.canary.front import Front
     from disagg_plugins.canary.guardrail import Figure, Verdict
     from disagg_plugins.canary.histogram import Histogram
@@ -60,7 +63,7 @@ def document(front: Front, report: Report, *, may_act: bool) -> Plain:
         },
         "weight_here": view.weight,
         "leads": view.leads,
-        "lacks": list(view.lacks),
+        "lacks": _lacks(view.lacks, report),
         "trouble": view.trouble,
         "arms": {arm: _arm(gateway) for arm, gateway in front.arms.items()},
         "counted": _counted(front),
@@ -74,6 +77,13 @@ def document(front: Front, report: Report, *, may_act: bool) -> Plain:
         "shadow": _shadow(front),
         "decisions": [decision.as_dict() for decision in report.decisions],
     }
+
+
+def _lacks(lacks: Sequence[str], report: Report) -> list[str]:
+    """Return what the next step waits for, with the guardrails that are not decided."""
+    reasons = report.judgement.reasons if report.judgement.action == "wait" else ()
+    found = [lack for lack in lacks if lack != UNDECIDED or not reasons]
+    return found + (list(reasons) if len(found) < len(lacks) else [])
 
 
 def _counted(front: Front) -> Plain:

@@ -219,7 +219,7 @@ class Front:
             return
         assignment = self._assigner.assign(subject, self._weight, time.time(), self._serving)
         arm = assignment.arm
-        request.arm = assignment.words
+        request.arm = assignment
         self.metrics.count("disagg_canary_requests", (arm, assignment.by))
         if assignment.random:
             slo = self.policy.scheduler.slo_classes.get(slo_class or "", NO_SLO)
@@ -237,11 +237,10 @@ class Front:
 
     def _subject(self, request: Request, name: str, body: Body) -> Subject:
         headers = request.headers
-        deciding = self._assigner.headers
         found = {
             key.decode("latin-1"): value.decode("latin-1")
             for key, value in headers
-            if key.decode("latin-1") in deciding
+            if key in self._deciding
         }
         model, user = body.get("model"), body.get("user")
         user = user if isinstance(user, str) else None
@@ -342,6 +341,7 @@ class Front:
         gone = progress.phase in OVER or (progress.active and view.weight == 0)
         self._serving = ("baseline",) if gone else ARMS
         if progress.rollout != self._rollout:
+            log.info("canary: rollout %d is %s", progress.rollout, progress.phase)
             self._rollout = progress.rollout
             salt = f"{self.canary.store.name}/{progress.rollout}"
             self._assigner = Assigner(
@@ -351,6 +351,7 @@ class Front:
                 sticky=self._sticky,
                 rules=self._rules,
             )
+            self._deciding = frozenset(name.encode("latin-1") for name in self._assigner.headers)
             if self.copies is not None:
                 self.copies.begin_rollout(salt)
         if progress.epoch != self.traffic.epoch:

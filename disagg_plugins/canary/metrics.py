@@ -225,6 +225,7 @@ def outcome_of(
     record: RequestRecord,
     arm: Arm,
     *,
+    arrival_s: float | None = None,
     ttft_slo_s: float | None = None,
     tpot_slo_s: float | None = None,
     cost: float | None = None,
@@ -234,6 +235,7 @@ def outcome_of(
     Args:
         record: With its times filled.
         arm: Which served it.
+        arrival_s: When it arrived, on the caller's clock; None: as the record has it.
         ttft_slo_s: The bound of its SLO class, or None.
         tpot_slo_s: The bound of its SLO class, or None.
         cost: See ``Outcome``.
@@ -249,7 +251,7 @@ def outcome_of(
     slo = ttft_slo_s is not None or tpot_slo_s is not None
     return Outcome(
         arm=arm,
-        arrival_s=record.at_s,
+        arrival_s=record.at_s if arrival_s is None else arrival_s,
         ended=ended,
         ttft_s=record.ttft_s if record.stream else None,
         tpot_s=record.tpot_s if record.tpot_by == "tokens" else None,

@@ -293,7 +293,7 @@ class Rollout:
         if frozen := self.plan.frozen(now.wall_s):
             found.append(f"frozen: {frozen}")
         if judgement is not None and judgement.action != "promote":
-            found += judgement.reasons or ("the evidence decides nothing yet",)
+            found += judgement.reasons or (UNDECIDED,)
         return tuple(found)
 
     def _forward(
@@ -361,6 +361,9 @@ FOREIGN = (
     "the steps, the guardrails or the candidate are other ones than when it was started: abort it, "
     "and start anew"
 )
+
+
+UNDECIDED = "the evidence decides nothing yet"
 
 
 def _told(what: str, by: str, why: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ before it says nothing of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from disagg_plugins.canary.cohort import Cohort
@@ -93,9 +93,13 @@ class Traffic:
         if arrived is None or arrived.arm != arm:
             return
         outcome = outcome_of(
-            record, arm, ttft_slo_s=arrived.ttft_slo_s, tpot_slo_s=arrived.tpot_slo_s
+            record,
+            arm,
+            arrival_s=arrived.arrival_s,
+            ttft_slo_s=arrived.ttft_slo_s,
+            tpot_slo_s=arrived.tpot_slo_s,
         )
-        self._end(record.request_id, replace(outcome, arrival_s=arrived.arrival_s))
+        self._end(record.request_id, outcome)
 
     def refused(self, name: str, arm: Arm, status: int, now_s: float) -> None:
         """A request was refused by its arm, and went to no worker."""

@@ -48,7 +48,8 @@ class Request:
 
     Attributes:
         name: Its id, where somebody has given it one already.
-        arm: Which arm of a canary answers it, and why, in words; empty without a canary.
+        arm: Which arm of a canary answers it, and why: ``str`` of it says so in words; empty
+            without a canary.
         read: Its body, where somebody has read it already.
     """
 
@@ -59,7 +60,7 @@ class Request:
     keep_alive: bool
     http10: bool
     name: str = ""
-    arm: str = ""
+    arm: object = ""
     read: Body | None = None
 
 

@@ -43,7 +43,7 @@ class Explanation:
     refused: str | None = None
     decision: Decision | None = None
     record: RequestRecord | None = None
-    arm: str = ""
+    arm: object = ""
 
     def settle(self, workers: int) -> None:
         """Forget what only deciding needs; the hashes of a long prompt alone take 300 KiB.
@@ -77,7 +77,7 @@ class Explanation:
             "steps": self.trace.plain(),
         }
         if self.arm:
-            found["arm"] = self.arm
+            found["arm"] = str(self.arm)
         if self.record is not None:
             found["record"] = self.record.as_dict()
         return found
@@ -93,7 +93,7 @@ class Explanation:
 
     def header(self) -> bytes:
         """Return the value of the response header: one line of JSON, ASCII."""
-        arm: Plain = {"arm": self.arm} if self.arm else {}
+        arm: Plain = {"arm": str(self.arm)} if self.arm else {}
         whole = json.dumps({**arm, "route": self.route(), "steps": self.trace.plain()})
         if len(whole) > MAX_HEADER_BYTES:
             whole = json.dumps({"route": self.route(), "steps": "too many for a header"})

@@ -109,12 +109,6 @@ class SideBySide(Stack):
             for name, state in gateway.fleet.states.items():
                 eventually(lambda state=state: state.healthy, f"{name} is healthy")
 
-    def served_by(self, arm: str) -> int:
-        """Return how many requests the engines of an arm answered."""
-        return sum(
-            sum(1 for _ in e.requests) for n, e in self.engines.items() if n.startswith(arm[0])
-        )
-
 
 def build_side_by_side(
     stack: ExitStack,

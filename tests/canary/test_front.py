@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ import pytest
 
 from disagg_plugins.canary.override import MintedBy, mint_override
 from disagg_plugins.testing.fake_engine import Behaviour
-from tests.canary.side_by_side import build_side_by_side
+from tests.canary.side_by_side import SideBySide, build_side_by_side
 from tests.gateway.harness import SECRET, eventually
 
 
@@ -173,3 +174,41 @@ def test_status_and_workers_of_the_candidate_are_asked_for_by_arm(arms) -> None:
     for target, name in (("/internal/status", "b0"), ("/internal/status?arm=candidate", "c0")):
         _, _, body = site.request("GET", target)
         assert [w["name"] for w in json.loads(body)["workers"]] == [name]
+
+
+def test_a_gateway_that_comes_back_goes_on_at_the_same_step(arms, tmp_path) -> None:
+    site = arms(canary={"bake_s": 3600})
+    site.command("start")
+    site.wait_weight(50)
+    ask(site, 40)
+    site.stop()
+    again = SideBySide(tmp_path)
+    again.engines = site.engines
+    again.start()
+    try:
+        again.wait_weight(50)
+        again.wait_all_healthy()
+        assert set(ask(again, 20)) == {200}
+        eventually(lambda: sum(again.front.traffic.counted.values()) == 20, "counted")
+        figures = again.document()["guardrails"][0]
+        counted = figures["baseline"]["count"] + figures["candidate"]["count"]
+        assert counted == 60  # what was counted before the end is not lost
+    finally:
+        again.stop()
+
+
+def test_the_answer_of_a_request_that_went_elsewhere_is_whole_on_one_connection(arms) -> None:
+    """Many requests on one connection, half of which the candidate fails."""
+    site = arms(behaviours={"c0": Behaviour(status=503)}, canary={"bake_s": 3600})
+    site.command("start")
+    site.wait_weight(50)
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
+    body = json.dumps({"model": "fake-model", "prompt": "hi", "stream": True, "max_tokens": 3})
+    for _ in range(30):
+        connection.request("POST", "/v1/completions", body)
+        answer = connection.getresponse()
+        text = answer.read()
+        assert answer.status == 200
+        assert text.count(b"[DONE]") == 1
+    connection.close()
+    assert site.metric("disagg_canary_fallbacks") > 3

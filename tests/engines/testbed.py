@@ -206,6 +206,7 @@ class Testbed:
         self.urls = {s.name: f"http://127.0.0.1:{p}" for s, p in zip(servers, ports, strict=True)}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.policy_path = self.folder / "disagg.yaml"
+        self.serve_path = self.policy_path  # what the gateway is started on
         self._start_path = self.folder / "start.yaml"
         sglang_flags = ("--max-total-tokens", str(kv_tokens), *sglang_flags)
         launches = {
@@ -312,7 +313,7 @@ class Testbed:
         """Start the gateway and wait until it answers."""
         log_path = self.folder / "logs" / "gateway.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        argv = [sys.executable, "-m", "disagg_plugins.cli.main", "serve", str(self.policy_path)]
+        argv = [sys.executable, "-m", "disagg_plugins.cli.main", "serve", str(self.serve_path)]
         with log_path.open("ab") as log:
             self._gateway = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._env

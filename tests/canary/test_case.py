@@ -1,0 +1,78 @@
+"""Guardrails and parity together: one level, one verdict."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from disagg_plugins.canary.answer import Answer, compare
+from disagg_plugins.canary.case import Compared, Terms
+from disagg_plugins.canary.guardrail import Guardrail
+from disagg_plugins.canary.metrics import Outcome
+from disagg_plugins.canary.policy import ParityPolicy
+from disagg_plugins.errors import DamagedState
+
+GUARDRAILS = (Guardrail(metric="error_rate", slack=0.3, min_samples=10),)
+ALLOWED = ParityPolicy(min_pairs=5, prompt_tokens=[]).allowed()
+TERMS = Terms(GUARDRAILS, 0.05, ALLOWED)
+SAME = compare(Answer("yes"), Answer("yes"), tie_gap=0.1)
+OTHER = compare(Answer("yes"), Answer("no"), tie_gap=0.1)
+
+
+def judged(pairs: int, candidate, case=None):
+    case = case or TERMS.empty()
+    for _ in range(pairs):
+        case.observe(Compared("baseline", 100, SAME))
+        case.observe(Compared("candidate", 100, candidate))
+    return case
+
+
+def outcomes(case, count: int):
+    for number in range(count):
+        for arm in ("baseline", "candidate"):
+            case.observe(Outcome(arm, float(number), "ok"))
+    return case
+
+
+def test_answers_that_differ_condemn_whatever_the_guardrails_say() -> None:
+    case = outcomes(judged(60, OTHER), 200)
+    assert case.decide() == "rollback"
+    judgement, parity = case.judge()
+    assert judgement.action == "rollback"
+    assert parity.answer == "worse"
+    assert "parity" in judgement.reasons[0]
+
+
+def test_a_step_does_not_wait_for_parity() -> None:
+    case = outcomes(judged(2, SAME), 200)
+    assert case.judge()[1].answer == "open"
+    assert case.decide() == "promote"
+
+
+def test_guardrails_and_parity_share_one_level() -> None:
+    case = TERMS.empty()
+    assert case.guardrails.level + case.parity.level == pytest.approx(TERMS.level)
+    assert Terms(GUARDRAILS, 0.05).empty().guardrails.level == 0.05
+
+
+def test_evidence_survives_being_stored_and_merged() -> None:
+    case = outcomes(judged(30, OTHER), 20)
+    stored = TERMS.load(json.loads(json.dumps(case.as_dict())))
+    assert stored.decide() == case.decide() == "rollback"
+    merged = TERMS.empty()
+    merged.merge(case)
+    assert merged.parity.pairs("candidate") == 30
+
+
+def test_evidence_gathered_with_parity_is_none_without() -> None:
+    with pytest.raises(DamagedState):
+        Terms(GUARDRAILS, 0.05).load(TERMS.empty().as_dict())
+
+
+def test_copies_without_an_answer_are_told_and_condemn_nobody() -> None:
+    case = outcomes(TERMS.empty(), 200)
+    for _ in range(50):
+        case.observe(Compared("candidate", 100, None))
+    assert case.judge()[1].lost["candidate"] == 50
+    assert case.decide() == "promote"
