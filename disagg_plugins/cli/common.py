@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from disagg_plugins.plugins import PluginHost
     from disagg_plugins.policy import Policy
     from disagg_plugins.policy_file import LoadedPolicy
@@ -65,23 +68,38 @@ def read_policy(path: Path) -> LoadedPolicy:
     return loaded
 
 
+SCORING_HOOKS = frozenset({"disagg_score_workers", "disagg_score_queue"})
+"""Whoever implements one of them is weighed by ``scheduler.weights``."""
+
+
 def unknown_names(policy: Policy, host: PluginHost) -> list[str]:
     """Return what the policy names and no plugin installed here offers, one sentence each."""
-    known_plugins = {info.name for info in host.describe()}
+    plugins = host.describe()
+    known_plugins = {info.name for info in plugins}
+    scorers = {info.name for info in plugins if not SCORING_HOOKS.isdisjoint(info.hooks)}
     engines = {w.engine for w in policy.fleet.workers}
     named = (
         ("handoff.transports", "transport", policy.handoff.transports, host.transports()),
         ("fleet.workers", "engine", sorted(engines), host.dialects()),
+        ("scheduler.weights", "scorer", sorted(policy.scheduler.weights), scorers),
         ("plugins.settings", "plugin", sorted(policy.plugins.settings), known_plugins),
         ("plugins.disabled", "plugin", policy.plugins.disabled, known_plugins),
     )
     return [
         f"{key} names the {kind} {name!r}, which no plugin installed here offers "
-        f"(known: {', '.join(sorted(known)) or 'none'})"
+        f"({_likely(name, known)})"
         for key, kind, names, known in named
         for name in names
         if name not in known
     ]
+
+
+def _likely(name: str, known: Collection[str]) -> str:
+    """Return which name was meant, or which there are."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + (
+        f"known: {', '.join(sorted(known)) or 'none'}"
+    )
 
 
 def say(line: str) -> None:
