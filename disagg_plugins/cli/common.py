@@ -46,12 +46,37 @@ def add_policy(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
 DEFAULT_GATEWAY = "http://127.0.0.1:8000"
 """Where the gateway of a policy without ``gateway`` listens."""
 
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Hosts that mean every address of this machine, and the one to ask there."""
+
 
 def add_gateway(parser: argparse.ArgumentParser) -> None:
-    """Add the address of a running gateway as an option."""
-    parser.add_argument(
-        "--gateway", default=DEFAULT_GATEWAY, metavar="URL", help=f"default: {DEFAULT_GATEWAY}"
+    """Add the address of a running gateway, told by itself or by its policy, as options."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gateway", metavar="URL", help=f"default: {DEFAULT_GATEWAY}")
+    where.add_argument(
+        "--policy", type=Path, metavar="POLICY", help="ask the gateway that this policy file is for"
     )
+
+
+def gateway_url(args: argparse.Namespace) -> str:
+    """Return where the gateway meant by the options of ``add_gateway`` listens.
+
+    Raises:
+        ConfigError: The policy cannot be read or is wrong.
+    """
+    if args.policy is None:
+        return args.gateway or DEFAULT_GATEWAY
+    from disagg_plugins.policy_file import read_policy as read_quietly
+
+    return listening_at(read_quietly(args.policy.expanduser()).policy)
+
+
+def listening_at(policy: Policy) -> str:
+    """Return the address at which this machine reaches the policy's gateway."""
+    gateway = policy.gateway
+    host = WILDCARDS.get(gateway.host, gateway.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{gateway.port}"
 
 
 def read_policy(path: Path) -> LoadedPolicy:
