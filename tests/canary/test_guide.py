@@ -14,7 +14,7 @@ from tests.engines.guides import GUIDES, Transcript, run_guide, runnable
 
 GUIDE = GUIDES / "monolithic_to_split.md"
 RUN_S = 240.0
-"""Under 20 s on two idle cores, most of it Python that starts; a minute where others work beside."""
+"""About 20 s on two idle cores, most of it Python that starts; a minute beside other work."""
 
 pytestmark = pytest.mark.timeout(RUN_S + 60)
 
