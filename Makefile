@@ -25,6 +25,7 @@ DEV := $(VENVS)/dev
 VLLM := $(VENVS)/vllm
 SGLANG := $(VENVS)/sglang
 BENCH := $(VENVS)/bench
+BROWSER := $(VENVS)/browser
 MODEL := .models/SmolLM2-135M-Instruct
 MODEL_SOURCE := .models/source
 
@@ -47,7 +48,7 @@ UV_READY := $(if $(UV_ON_PATH),,$(TOOLS)/bin/uv)
 
 PACKAGE_FILES := pyproject.toml disagg_plugins/__init__.py
 
-.PHONY: help dev vllm sglang model model-tests lint test-quick test test-engine test-vllm test-sglang test-wheel demo demo-canary chaos compatibility bench bench-name clean python
+.PHONY: help dev vllm sglang model model-tests lint test-quick test test-engine test-vllm test-sglang test-wheel test-browser browser demo demo-canary chaos compatibility bench bench-name clean python
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -142,7 +143,7 @@ lint: $(DEV)/.ready ## Check style, import rules and types.
 	$(DEV)/bin/mypy
 
 test-quick: lint ## Run lint and every test that needs no engine (under two minutes).
-	$(DEV)/bin/python -m pytest -q -n $(JOBS) -m "not engine"
+	$(DEV)/bin/python -m pytest -q -n $(JOBS) -m "not engine and not browser"
 
 # What an editable install hides: files that the wheel lacks, entry points, console script.
 WHEEL_TESTS := tests/cli tests/adapters tests/connectors/test_contract.py tests/test_plugins.py
@@ -157,7 +158,7 @@ test-wheel: $(UV_READY) | python ## Build the wheel from the sdist, install it a
 	$(VENVS)/wheel/venv/bin/disagg version
 	# The unpacked sdist without its sources: what is imported is what was installed.
 	cd $(VENVS)/wheel/disagg_plugins-*/ && rm -r disagg_plugins adapters connectors && \
-	  ../venv/bin/python -m pytest -q -n $(JOBS) -m "not engine" -o pythonpath=. $(WHEEL_TESTS)
+	  ../venv/bin/python -m pytest -q -n $(JOBS) -m "not engine and not browser" -o pythonpath=. $(WHEEL_TESTS)
 
 test-vllm: vllm model-tests ## Run the tests that need a real vLLM.
 	$(VLLM)/bin/python -m pytest -q -m engine --ignore tests/engines/sglang --ignore tests/engines/mixed
@@ -167,9 +168,21 @@ test-sglang: sglang vllm model-tests ## Run the tests that need a real SGLang; s
 	  $(SGLANG)/bin/python -m pytest -q tests/engines/sglang/test_names.py tests/engines/sglang/test_refusals.py tests/adapters/sglang/test_pools.py
 	$(VLLM)/bin/python -m pytest -q -m engine tests/engines/mixed tests/engines/sglang
 
+browser: $(BROWSER)/.ready ## Make .venvs/browser: a headless Chromium, and what drives it.
+
+# node and npm come from PyPI, and Chromium from npm with its libraries: nothing of the system's is needed.
+$(BROWSER)/.ready: $(PACKAGE_FILES) $(UV_READY) tests/browser/chromium.py | python
+	test -x $(BROWSER)/bin/python || "$(UV)" venv --quiet --python "$(PYTHON)" $(BROWSER)
+	"$(UV)" pip install --quiet --python $(BROWSER)/bin/python --editable . --group browser
+	test -x $(BROWSER)/chromium/chromium || $(BROWSER)/bin/python tests/browser/chromium.py $(BROWSER)/chromium
+	@touch $@
+
+test-browser: browser ## Click through the canary's page in a real browser.
+	$(BROWSER)/bin/python -m pytest -q -m browser tests/browser
+
 test-engine: test-vllm test-sglang ## Run the tests that need a real engine.
 
-test: test-quick test-wheel test-engine ## Run every test, the real-engine suite included.
+test: test-quick test-wheel test-browser test-engine ## Run every test, the real-engine suite included.
 
 # --- use --------------------------------------------------------------------------------------
 

@@ -193,7 +193,6 @@ class PluginHost:
             if self._told == policy:
                 return
             self._told = policy
-        self._warn_unknown("scheduler.weights", policy.scheduler.weights)
         self._warn_unknown("plugins.settings", policy.plugins.settings)
         arguments = {"policy": policy}
         for error in self._calls.tell(

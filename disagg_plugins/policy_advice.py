@@ -68,6 +68,8 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
             read_secret(policy.secret, base_dir)
         except ConfigError as exc:
             yield f"no handoff can be made without the secret: {exc}"
+    elif policy.scheduler.split.rule == "never":
+        pass  # it is meant
     elif not any(w.role.serves(Role.PREFILL) for w in workers):
         yield "no worker has the role prefill or both: no request will be split"
     else:

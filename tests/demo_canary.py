@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ FLAGS = (
     # one prompt is asked again and again, and is to be read each time
     "--no-enable-prefix-caching",
 )
-CLIENTS = 3
+CLIENTS = 4
 TOKENS = 8
 NUM_PROMPTS = 24
 SLOW_S = 10.0
@@ -59,23 +60,23 @@ HANDOFF = {"lease_s": 10.0, "load_s": 10.0, "transports": ["damaged"]}
 
 CANARY: dict[str, Any] = {
     "candidate": "disagg.yaml",
-    "steps": [25, 50, 100],
+    "steps": [50, 100],
     "bake_s": 5.0,
     "look_s": 1.0,
     "horizon_s": 60.0,
     "sticky": "request",
     "store": {"path": "rollout.sqlite"},
     "guardrails": [
-        {"metric": "error_rate", "slack": 0.2, "min_samples": 20},
+        {"metric": "error_rate", "slack": 0.2, "min_samples": 10},
         # on two cores that three servers share, splitting has no speed to win
-        {"metric": "goodput", "slack": 0.3, "min_samples": 20},
-        {"metric": "error_rate", "limit": 0.3, "required": False, "min_samples": 20},
+        {"metric": "goodput", "slack": 0.3, "min_samples": 10},
+        {"metric": "error_rate", "limit": 0.3, "required": False, "min_samples": 10},
         {
             "metric": "split_share",
             "limit": 0.5,
             "better": "higher",
             "required": False,
-            "min_samples": 20,
+            "min_samples": 10,
         },
     ],
     "shadow": {
@@ -91,7 +92,7 @@ CANARY: dict[str, Any] = {
 
 SLO = {
     "split": {"rule": "always"},
-    "slo_classes": {"demo": {"ttft_s": 8.0, "tpot_s": 0.8}},
+    "slo_classes": {"demo": {"ttft_s": 8.0, "tpot_s": 0.6}},
     "default_slo_class": "demo",
 }
 
@@ -232,7 +233,7 @@ def write_baseline(bed: Testbed) -> Path:
 
 @contextmanager
 def slow_decode(bed: Testbed):
-    """Let the decode worker work for a twentieth of the time."""
+    """Let the decode worker work for a tenth of the time."""
     processes = engine_processes(bed, "decode")
     ended = threading.Event()
 
@@ -240,7 +241,7 @@ def slow_decode(bed: Testbed):
         while not ended.is_set():
             for process in processes:
                 process.suspend()
-            ended.wait(1.9)
+            ended.wait(0.9)
             for process in processes:
                 process.resume()
             time.sleep(0.1)
@@ -280,6 +281,11 @@ FAULTS: dict[str, Callable[[Testbed], Any]] = {
 }
 
 
+def causes(hurt: list[Asked]) -> dict[str, int]:
+    """Return what was wrong, and how often."""
+    return dict(Counter((a.wrong or "")[:100] for a in hurt))
+
+
 def promoted(rollout: Rollout, traffic: Traffic) -> dict[str, Any]:
     """Start a rollout and see it completed."""
     say("a rollout of the split deployment")
@@ -290,7 +296,12 @@ def promoted(rollout: Rollout, traffic: Traffic) -> dict[str, Any]:
     hurt = [a for a in asked if a.wrong]
     seconds = time.monotonic() - began_s
     say(f"completed after {seconds:.0f} s and {len(asked)} requests, {len(hurt)} of them hurt")
-    return {"seconds": round(seconds, 1), "requests": len(asked), "hurt_requests": len(hurt)}
+    return {
+        "seconds": round(seconds, 1),
+        "requests": len(asked),
+        "hurt_requests": len(hurt),
+        "hurt": causes(hurt),
+    }
 
 
 def faulty(name: str, bed: Testbed, rollout: Rollout, traffic: Traffic) -> dict[str, Any]:
@@ -316,6 +327,7 @@ def faulty(name: str, bed: Testbed, rollout: Rollout, traffic: Traffic) -> dict[
         "seconds": round(seconds, 1),
         "hurt_requests": len(hurt),
         "requests": len(asked),
+        "hurt": causes(hurt),
         "why": why,
     }
 

@@ -43,6 +43,11 @@ def test_a_fleet_that_cannot_split_is_warned_of(warned):
     assert "nothing is split" in warned(B)
 
 
+def test_a_fleet_that_is_not_meant_to_split_is_not_warned_of(warned):
+    never = {"split": {"rule": "never"}}
+    assert warned(B, scheduler=never) == warned(D, scheduler=never) == ""
+
+
 @pytest.mark.parametrize(
     ("section", "words"),
     [

@@ -390,6 +390,8 @@ class Front:
     async def drain(self) -> None:
         """Let open requests end within the arms' ``drain_s``; then close everything."""
         self.draining = True
+        for task in self._lasting[:1]:
+            task.cancel()  # the last look comes when the last requests have ended
         if self.copies is not None:
             self.copies.close()
         await asyncio.sleep(0.01)  # connections may have been accepted that are not made yet

@@ -101,11 +101,11 @@ def act(rollout: Rollout, do: Do, now: Instant, by: str, why: str) -> tuple[Roll
         RolloutRefused: The rollout does not allow it now.
     """
     if do == "start":
-        return rollout.start(now, by)
+        return rollout.start(now, by, why)
     if do == "approve":
-        return rollout.approve(now, by)
+        return rollout.approve(now, by, why)
     if do == "resume":
-        return rollout.resume(now, by)
+        return rollout.resume(now, by, why)
     if do == "hold":
         return rollout.hold(now, by, why or f"held by {by}")
     return rollout.abort(now, by, why or f"rolled back by {by}")
@@ -175,6 +175,8 @@ class Lookout:
             self.history.clear()
         if point is not None:
             self.history.append(point)
+        if view.progress.decisions != self.view.progress.decisions:
+            self._report = None  # it lacks the newest decision
         self.view = view
         try:
             self._looked(view)

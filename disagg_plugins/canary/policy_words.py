@@ -22,7 +22,6 @@ def canary_advice(canary: CanaryPolicy, base_dir: Path) -> Iterator[str]:
         canary: The section.
         base_dir: The folder of the policy, where relative paths start.
     """
-    yield "disagg serve refuses the section canary: this release divides no traffic"
     candidate = base_dir / canary.candidate.expanduser()
     if not candidate.is_file():
         yield f"canary.candidate: there is no file {candidate}"

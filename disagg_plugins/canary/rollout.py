@@ -182,7 +182,7 @@ class Rollout:
             found += ("a person must approve",)
         return found
 
-    def start(self, now: Instant, by: str) -> tuple[Rollout, Decision]:
+    def start(self, now: Instant, by: str, why: str = "") -> tuple[Rollout, Decision]:
         """Begin a rollout at the first step; one that ended is begun anew.
 
         Raises:
@@ -201,8 +201,7 @@ class Rollout:
             plan=self.plan.fingerprint,
         )
         begun = replace(self, progress=fresh, last=now)
-        why = (f"begun by {_short(by)}",)
-        return begun._decide(now, "start", by, why, weight=self.plan.steps[0])
+        return begun._decide(now, "start", by, _told("begun", by, why), weight=self.plan.steps[0])
 
     def hold(self, now: Instant, by: str, why: str) -> tuple[Rollout, Decision]:
         """Keep the traffic where it is until ``resume``; evidence can still roll back.
@@ -213,7 +212,7 @@ class Rollout:
         self._demand("hold", self.progress.phase in ("running", "awaiting"))
         return self._held(now, by, why)
 
-    def resume(self, now: Instant, by: str) -> tuple[Rollout, Decision]:
+    def resume(self, now: Instant, by: str, why: str = "") -> tuple[Rollout, Decision]:
         """Go on after a hold; what was measured and baked stays.
 
         Raises:
@@ -223,10 +222,10 @@ class Rollout:
         if self._foreign:
             raise RolloutRefused("resume", FOREIGN)
         known = replace(self.progress, seen_wall_s=now.wall_s, why="")
-        why = (f"resumed by {_short(by)}",)
-        return replace(self, progress=known, last=now)._decide(now, "resume", by, why)
+        going = replace(self, progress=known, last=now)
+        return going._decide(now, "resume", by, _told("resumed", by, why))
 
-    def approve(self, now: Instant, by: str) -> tuple[Rollout, Decision]:
+    def approve(self, now: Instant, by: str, why: str = "") -> tuple[Rollout, Decision]:
         """Approve the next step; it comes with the next look that finds nothing against it.
 
         Raises:
@@ -234,7 +233,7 @@ class Rollout:
         """
         self._demand("approve", self.progress.phase == "awaiting")
         approved = replace(self, progress=replace(self.progress, approved=True))
-        return approved._decide(now, "approve", by, (f"approved by {_short(by)}",))
+        return approved._decide(now, "approve", by, _told("approved", by, why))
 
     def abort(self, now: Instant, by: str, why: str) -> tuple[Rollout, Decision]:
         """Take all traffic back, also after the rollout completed.
@@ -365,6 +364,10 @@ FOREIGN = (
 
 
 UNDECIDED = "the evidence decides nothing yet"
+
+
+def _told(what: str, by: str, why: str) -> tuple[str, ...]:
+    return (f"{what} by {_short(by)}", *((why,) if why else ()))
 
 
 def _short(text: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from disagg_plugins.plugins import PluginHost
     from disagg_plugins.policy import Policy
     from disagg_plugins.policy_file import LoadedPolicy
@@ -43,12 +46,37 @@ def add_policy(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
 DEFAULT_GATEWAY = "http://127.0.0.1:8000"
 """Where the gateway of a policy without ``gateway`` listens."""
 
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Hosts that mean every address of this machine, and the one to ask there."""
+
 
 def add_gateway(parser: argparse.ArgumentParser) -> None:
-    """Add the address of a running gateway as an option."""
-    parser.add_argument(
-        "--gateway", default=DEFAULT_GATEWAY, metavar="URL", help=f"default: {DEFAULT_GATEWAY}"
+    """Add the address of a running gateway, told by itself or by its policy, as options."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gateway", metavar="URL", help=f"default: {DEFAULT_GATEWAY}")
+    where.add_argument(
+        "--policy", type=Path, metavar="POLICY", help="ask the gateway that this policy file is for"
     )
+
+
+def gateway_url(args: argparse.Namespace) -> str:
+    """Return where the gateway meant by the options of ``add_gateway`` listens.
+
+    Raises:
+        ConfigError: The policy cannot be read or is wrong.
+    """
+    if args.policy is None:
+        return args.gateway or DEFAULT_GATEWAY
+    from disagg_plugins.policy_file import read_policy as read_quietly
+
+    return listening_at(read_quietly(args.policy.expanduser()).policy)
+
+
+def listening_at(policy: Policy) -> str:
+    """Return the address at which this machine reaches the policy's gateway."""
+    gateway = policy.gateway
+    host = WILDCARDS.get(gateway.host, gateway.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{gateway.port}"
 
 
 def read_policy(path: Path) -> LoadedPolicy:
@@ -65,23 +93,38 @@ def read_policy(path: Path) -> LoadedPolicy:
     return loaded
 
 
+SCORING_HOOKS = frozenset({"disagg_score_workers", "disagg_score_queue"})
+"""Whoever implements one of them is weighed by ``scheduler.weights``."""
+
+
 def unknown_names(policy: Policy, host: PluginHost) -> list[str]:
     """Return what the policy names and no plugin installed here offers, one sentence each."""
-    known_plugins = {info.name for info in host.describe()}
+    plugins = host.describe()
+    known_plugins = {info.name for info in plugins}
+    scorers = {info.name for info in plugins if not SCORING_HOOKS.isdisjoint(info.hooks)}
     engines = {w.engine for w in policy.fleet.workers}
     named = (
         ("handoff.transports", "transport", policy.handoff.transports, host.transports()),
         ("fleet.workers", "engine", sorted(engines), host.dialects()),
+        ("scheduler.weights", "scorer", sorted(policy.scheduler.weights), scorers),
         ("plugins.settings", "plugin", sorted(policy.plugins.settings), known_plugins),
         ("plugins.disabled", "plugin", policy.plugins.disabled, known_plugins),
     )
     return [
         f"{key} names the {kind} {name!r}, which no plugin installed here offers "
-        f"(known: {', '.join(sorted(known)) or 'none'})"
+        f"({_likely(name, known)})"
         for key, kind, names, known in named
         for name in names
         if name not in known
     ]
+
+
+def _likely(name: str, known: Collection[str]) -> str:
+    """Return which name was meant, or which there are."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + (
+        f"known: {', '.join(sorted(known)) or 'none'}"
+    )
 
 
 def say(line: str) -> None:

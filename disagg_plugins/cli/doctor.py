@@ -7,8 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from disagg_plugins.cli.checks import CheckContext, Finding, Level, render, worst
-from disagg_plugins.cli.common import add_policy, read_policy, unknown_names
+from disagg_plugins.cli.common import add_policy, listening_at, read_policy, unknown_names
+from disagg_plugins.errors import ConfigError
 from disagg_plugins.plugins import PluginHost
+from disagg_plugins.policy_file import read_policy as read_quietly
 
 if TYPE_CHECKING:
     import argparse
@@ -51,6 +53,26 @@ def examine(policy_path: Path | None) -> dict[str, Sequence[Finding]]:
         return {name: run_check(check, context) for name, check in checks.items()}
 
 
+def _live_url(args: argparse.Namespace) -> str:
+    """Return the gateway to ask.
+
+    Raises:
+        ConfigError: Neither a URL nor a policy tells it.
+    """
+    url: str = args.live
+    if not url and args.policy is not None:
+        return listening_at(read_quietly(args.policy.expanduser()).policy)
+    if not url.startswith("http://"):
+        raise ConfigError(
+            f"--live {url}: not of the form http://host:port"
+            if url
+            else "--live of which gateway?",
+            fix="give its address, `--live http://127.0.0.1:8000`, or its policy, "
+            "`disagg doctor disagg.yaml --live`",
+        )
+    return url
+
+
 class DoctorCommand:
     """Prints what was found and the fix of what is wrong."""
 
@@ -61,19 +83,24 @@ class DoctorCommand:
         """Add the policy and the gateway's address."""
         add_policy(parser, optional=True)
         parser.add_argument(
-            "--live", metavar="URL", help="ask the gateway at URL whether splits really happen"
+            "--live",
+            metavar="URL",
+            nargs="?",
+            const="",
+            help="ask the gateway whether splits really happen (default: where POLICY has it)",
         )
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
         """Exit with 1 if there is a problem, with 0 on warnings and less."""
         groups: dict[str, Sequence[Finding]] = {}
-        if args.policy or not args.live:
+        live = None if args.live is None else _live_url(args)
+        if args.policy or not live:
             groups.update(examine(args.policy))
-        if args.live:
+        if live:
             from disagg_plugins.cli.live import examine_gateway
 
-            groups["gateway"] = examine_gateway(args.live)
+            groups["gateway"] = examine_gateway(live)
         if args.json:
             plain = {name: [asdict(f) for f in found] for name, found in groups.items()}
             print(json.dumps(plain, indent=2))

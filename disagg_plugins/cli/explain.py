@@ -7,7 +7,7 @@ from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from disagg_plugins.cli.common import add_gateway, say
+from disagg_plugins.cli.common import add_gateway, gateway_url, say
 from disagg_plugins.cli.environment import get_json
 
 if TYPE_CHECKING:
@@ -31,16 +31,17 @@ class ExplainCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Print what the gateway knows; 1 when it knows nothing."""
+        gateway = gateway_url(args)
         path = f"/internal/explain?id={quote(args.request_id, safe='')}"
         try:
-            status, answer = get_json(args.gateway, path)
+            status, answer = get_json(gateway, path)
         except (OSError, HTTPException, ValueError) as problem:
-            say(f"{args.gateway} does not answer: {problem}; start the gateway, or give --gateway")
+            say(f"{gateway} does not answer: {problem}; start it, or give --policy or --gateway")
             return 1
         if status != 200 or not isinstance(answer, dict) or "steps" not in answer:
             error = answer.get("error") if isinstance(answer, dict) else None
             why = error.get("message") if isinstance(error, dict) else None
-            say(str(why or f"{args.gateway} answered {status}, not as a gateway does"))
+            say(str(why or f"{gateway} answered {status}, not as a gateway does"))
             return 1
         print("\n".join(lines(answer)))
         return 0

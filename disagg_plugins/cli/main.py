@@ -10,6 +10,7 @@ import traceback
 from typing import TYPE_CHECKING, TextIO
 
 from disagg_plugins import __version__
+from disagg_plugins.cli import logs
 from disagg_plugins.errors import ConfigError, DisaggError
 from disagg_plugins.plugins import PluginHost
 
@@ -57,9 +58,7 @@ def _add_common(parser: argparse.ArgumentParser, *, default: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logs.set_up()
     host = PluginHost.load()
     try:
         commands = host.commands()

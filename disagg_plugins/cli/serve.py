@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from disagg_plugins.canary.candidate import read_candidate
 from disagg_plugins.cli.common import add_policy, read_policy, say, unknown_names
+from disagg_plugins.cli.logs import show_progress
 from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy_advice import engine_advice
 
@@ -96,6 +97,7 @@ class ServeCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Serve until told to stop."""
+        show_progress()
         loaded = read_policy(args.policy)
         run_gateway(loaded, loaded.secret())
         return 0

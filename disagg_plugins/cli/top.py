@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
-from disagg_plugins.cli.common import add_gateway, positive_float, say
+from disagg_plugins.cli.common import add_gateway, gateway_url, positive_float, say
 from disagg_plugins.cli.environment import get_json
 
 if TYPE_CHECKING:
@@ -46,9 +46,10 @@ class TopCommand:
     def run(self, args: argparse.Namespace) -> int:
         """Look until interrupted; 1 when the gateway does not answer the first time."""
         before: Look | None = None
+        gateway = gateway_url(args)
         try:
             while True:
-                now = _look(args.gateway)
+                now = _look(gateway)
                 if isinstance(now, str):
                     if before is None or args.once:
                         say(now)
@@ -68,7 +69,7 @@ def _look(gateway: str) -> Look | str:
     try:
         code, answer = get_json(gateway, "/internal/status")
     except (OSError, HTTPException, ValueError) as problem:
-        return f"{gateway} does not answer: {problem}"
+        return f"{gateway} does not answer: {problem}; start it, or give --policy or --gateway"
     if code == 403:
         return f"{gateway} tells its state to its own host only: run this command there"
     if code != 200 or not isinstance(answer, dict) or "workers" not in answer:

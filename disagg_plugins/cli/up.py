@@ -62,11 +62,13 @@ class UpCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Start, serve until told to stop, and leave no process behind."""
+        from disagg_plugins.cli.logs import show_progress
         from disagg_plugins.cli.serve import run_gateway
         from disagg_plugins.launch.local import LocalFleet
         from disagg_plugins.plugins import PluginHost
         from disagg_plugins.policy_file import read_policy as read_quietly
 
+        show_progress()
         secret = provide_secret(read_quietly(args.policy.expanduser()))
         # Read again: a secret that is there now is no warning any more.
         loaded = read_policy(args.policy)

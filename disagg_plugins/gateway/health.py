@@ -211,8 +211,10 @@ class Prober:
                 if state.outs == outs:  # else it was taken out meanwhile, and rests first
                     self._fleet.probe_ok(name, models)
         if self._is_here(state) and (state.healthy, state.reason) != before:
-            said = "is healthy" if state.healthy else f"is not healthy: {state.reason}"
-            log.warning("worker %s %s", name, said)
+            if state.healthy:
+                log.info("worker %s is healthy", name)
+            else:
+                log.warning("worker %s is not healthy: %s", name, state.reason)
 
     async def _can_serve(
         self, state: WorkerState, seen: _Seen, pool: WorkerPool, models: tuple[str, ...]

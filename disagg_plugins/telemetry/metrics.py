@@ -67,6 +67,10 @@ HISTOGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+UNSEEN = " A series is there from its first event on."
+"""Added to the help of a counter with labels: which labels will come cannot be known before."""
+
+
 class Metrics(Collector):
     """All numbers of one gateway."""
 
@@ -128,7 +132,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every family, for Prometheus' registry."""
         for name, (text, labels) in COUNTERS.items():
-            counter = CounterMetricFamily(name, text, labels=labels)
+            counter = CounterMetricFamily(name, text + UNSEEN if labels else text, labels=labels)
             counts = self._counts[name]
             for key, value in (counts or ({} if labels else {(): 0.0})).items():
                 counter.add_metric(key, value)

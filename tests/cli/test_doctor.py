@@ -5,8 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from disagg_plugins.cli.checks import CheckContext, Finding, Level
 from disagg_plugins.cli.doctor import run_check
+from disagg_plugins.cli.main import main
 from disagg_plugins.testing.fake_engine import FakeEngine
 
 SECRET = {"DISAGG_SECRET": "0123456789abcdef-for-tests"}
@@ -37,6 +40,22 @@ def test_live_alone_asks_only_the_gateway(disagg: Any, free_port: Callable[[], i
     done = disagg("doctor", "--live", f"http://127.0.0.1:{free_port()}")
     assert done.returncode == 1
     assert done.stdout.startswith("gateway\n  PROBLEM  gateway: ")
+
+
+def test_live_without_a_url_asks_the_gateway_of_the_policy(
+    write_policy: Callable[..., Path], free_port: Callable[[], int], capsys: Any
+) -> None:
+    port = free_port()
+    path = write_policy(gateway={"port": port})
+    assert main(["doctor", str(path), "--live", "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)["gateway"]
+    assert finding["detail"].startswith(f"http://127.0.0.1:{port} does not answer")
+
+
+@pytest.mark.parametrize("given", [["--live"], ["--live", "disagg.yaml"]])
+def test_live_of_no_gateway_is_an_error_that_names_both_ways(given: list[str], capsys: Any) -> None:
+    assert main(["doctor", *given]) == 2
+    assert "disagg doctor disagg.yaml --live" in capsys.readouterr().err
 
 
 def test_check_that_raises_is_a_problem_and_stops_nothing() -> None:

@@ -70,6 +70,21 @@ def test_names_that_no_plugin_offers_are_told_and_fail_a_strict_check(
     assert disagg("policy", "check", "--strict", path, env=SECRET).returncode == 1
 
 
+def test_weight_of_a_scorer_that_nobody_is_is_told_and_fails_a_strict_check(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    weights = {"prefix-afinity": 2, "threshold": 1, "kv-room": 1}
+    path = write_policy(scheduler={"weights": weights})
+    done = disagg("policy", "check", path, env=SECRET)
+    assert done.returncode == 0
+    assert "scheduler.weights names the scorer 'prefix-afinity'" in done.stderr
+    assert "did you mean 'prefix-affinity'?" in done.stderr
+    # a plugin, but none that scores: its weight is as idle as a misspelt one
+    assert "scheduler.weights names the scorer 'threshold'" in done.stderr
+    assert "scorer 'kv-room'" not in done.stderr
+    assert disagg("policy", "check", "--strict", path, env=SECRET).returncode == 1
+
+
 def test_what_an_engine_makes_of_a_role_is_told_and_fails_a_strict_check(
     disagg: Any, write_policy: Callable[..., Path]
 ) -> None:

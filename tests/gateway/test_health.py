@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,25 @@ def test_an_engine_that_hangs_behind_a_live_server_goes_out_and_comes_back(build
     assert [stack.complete(SHORT)[0] for _ in range(4)] == [200] * 4  # nobody waits for it
     stack.engines["d0"].behaviour = Behaviour()
     eventually(lambda: state.healthy, "d0 is back")
+
+
+def test_only_a_worker_that_goes_out_is_a_warning(
+    build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "disagg_plugins")
+    stack = build(d0="decode", d1="decode")
+    state = stack.gateway.fleet.states["d0"]
+    stack.engines["d0"].healthy = False
+    eventually(lambda: not state.healthy, "d0 is out")
+    stack.engines["d0"].healthy = True
+    eventually(lambda: state.healthy, "d0 is back")
+
+    def told() -> set[tuple[str, str]]:
+        said = [(r.levelname, r.getMessage()) for r in caplog.records]
+        return {(level, line.split(":")[0]) for level, line in said if "worker d0" in line}
+
+    wanted = {("WARNING", "worker d0 is not healthy"), ("INFO", "worker d0 is healthy")}
+    eventually(lambda: told() == wanted, "both are told, each in its place")
 
 
 @pytest.mark.parametrize(

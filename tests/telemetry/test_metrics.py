@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from disagg_plugins.telemetry.metrics import SECONDS_BOUNDS, Metrics
+from disagg_plugins.telemetry.metrics import COUNTERS, SECONDS_BOUNDS, Metrics
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -29,6 +29,18 @@ def test_counters_and_gauges() -> None:
     assert found["disagg_plugin_failures_total", (("plugin", "p"),)] == 4
     assert metrics.value("disagg_handoffs") == 3
     assert metrics.counts("disagg_handoffs") == {"consumed": 3}
+
+
+def test_every_counter_without_labels_is_there_from_the_start_and_the_others_say_when() -> None:
+    metrics = Metrics()
+    found = samples(metrics)
+    text = metrics.text().decode()
+    for name, (_, labels) in COUNTERS.items():
+        if labels:
+            (told,) = [line for line in text.splitlines() if line.startswith(f"# HELP {name}_")]
+            assert told.endswith("A series is there from its first event on.")
+        else:
+            assert found[f"{name}_total", ()] == 0
 
 
 def test_histogram_buckets_are_cumulative() -> None:

@@ -1,0 +1,43 @@
+"""Unpack a headless Chromium into a folder: from npm, where a package holds it with its libraries.
+
+``make browser`` runs it. No package of the system is needed, and no right to install one.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import brotli
+
+PACKAGE = "@sparticuz/chromium@147.0.0"
+
+
+def npm() -> Path:
+    return Path(sys.executable).parent / "npm"
+
+
+def unpack(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [str(npm()), "pack", "--silent", PACKAGE]
+        subprocess.run(command, cwd=temporary, check=True, timeout=300)
+        (archive,) = Path(temporary).glob("*.tgz")
+        with tarfile.open(archive) as package:
+            package.extractall(temporary, filter="data")
+        packed = Path(temporary) / "package" / "bin"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("al2023", "swiftshader", "fonts"):
+            content = brotli.decompress((packed / f"{name}.tar.br").read_bytes())
+            with tarfile.open(fileobj=io.BytesIO(content)) as files:
+                files.extractall(folder, filter="data")
+        program = folder / "chromium"
+        program.write_bytes(brotli.decompress((packed / "chromium.br").read_bytes()))
+        program.chmod(0o755)
+
+
+if __name__ == "__main__":
+    unpack(Path(sys.argv[1]))
