@@ -466,6 +466,13 @@ def _effects(endpoint: str, body: Body) -> str | None:
 
 
 def _prefix(body: Body) -> str | None:
+    try:
+        return _prefix_of(body)
+    except RequestError:  # its worker may read what cannot be read here
+        return None
+
+
+def _prefix_of(body: Body) -> str | None:
     prompt = body.get("prompt")
     if isinstance(prompt, str):
         return prefix_of(prompt)
