@@ -218,6 +218,7 @@ class Front:
         try:
             body = request.read = read_body(request.body)
             subject = self._subject(request, name, body)
+            self._check_model(subject.model)
             slo_class = slo_class_of(request.headers, self.policy.scheduler)
         except RequestError:
             self.baseline.intake.infer(request, client)  # it refuses with the same reason
@@ -243,6 +244,11 @@ class Front:
             self._with_copy(self.copies, request, client, endpoint, body, assignment)
         else:
             self.baseline.intake.infer(request, client)
+
+    def _check_model(self, model: str | None) -> None:
+        """Refuse a model that neither arm serves: its client's mistake, and no arm's failure."""
+        if model is not None and not any(g.fleet.knows_model(model) for g in self.arms.values()):
+            raise RequestError(404, "neither arm serves the model", code="model_not_found")
 
     def _subject(self, request: Request, name: str, body: Body) -> Subject:
         headers = request.headers
