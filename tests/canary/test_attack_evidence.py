@@ -73,8 +73,11 @@ def test_a_candidate_that_fails_inside_the_gateway_is_spared_the_client_and_coun
 
     site.front.candidate.decide = fails
     site.front.candidate.entrance._ways = site.front.candidate.entrance._ways.__class__(
-        fails, *[getattr(site.front.candidate.entrance._ways, n) for n in
-                 ("begin", "refuse", "score", "fleet", "changed")]
+        fails,
+        *[
+            getattr(site.front.candidate.entrance._ways, n)
+            for n in ("begin", "refuse", "score", "fleet", "changed")
+        ],
     )
     assert site.complete("hello")[0] == 200
     assert len(site.front.traffic) == 0
