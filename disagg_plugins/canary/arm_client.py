@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from disagg_plugins.gateway.reply import Answering, Reply
     from disagg_plugins.gateway.sending import Sender
 
-ELSEWHERE = frozenset({404, 429, 500, 501, 502, 503})
+ELSEWHERE = frozenset({404, 500, 501, 502, 503})
 """Statuses by which an arm says that it cannot: what the other one may well do. Not 504: the time
-is over there, too."""
+is over there, too. Not 429: a tenant that asks for more than it may would get it twice."""
 
 
 class ArmClient:

@@ -198,7 +198,7 @@ class Lookout:
 
         decision = await self._on_thread(decide)
         self._report = None
-        log.warning("canary: %s by %s: %s", do, by, why or "no reason given")
+        log.warning("canary: %s by %r: %r", do, by, why or "no reason given")
         await self.look()
         return decision
 

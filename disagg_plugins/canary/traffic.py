@@ -114,7 +114,8 @@ class Traffic:
         arrived = self._open.get(name)
         if arrived is None or arrived.arm != arm:
             return
-        service = status >= 500 or status in OF_THE_SERVICE
+        # 429 is the gateway's own here: its tenant asked for more than it may
+        service = status >= 500 or (status in OF_THE_SERVICE and status != 429)
         within = False if service and arrived.ttft_slo_s is not None else None
         outcome = Outcome(
             arm,

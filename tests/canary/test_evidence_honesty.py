@@ -131,12 +131,6 @@ def test_a_client_that_closes_after_its_answer_has_not_left_its_request(arms, mo
     eventually(lambda: judged(site, "candidate") == 2, "both were answered")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="each arm has tenants' accounts of its own, a 429 goes on to the other arm, and "
-    "Traffic counts every 429 as the arm's failure: a greedy tenant condemns the candidate where "
-    "error_rate has a limit, and gets twice what it may have",
-)
 def test_a_tenant_that_asks_for_more_than_it_may_is_no_failure_of_the_arm(arms) -> None:
     rules = {"tenants": {"ann": {"prompt_tokens_per_s": 0.001, "burst_tokens": 20}}}
     site = at_the_candidate(arms, baseline={"scheduler": rules}, candidate={"scheduler": rules})
