@@ -200,8 +200,8 @@ class Front:
             name = endpoints.explained(request)
             known = self.candidate.explanations.of(name) is not None
             (self.candidate if known else self.baseline).handle(request, client)
-        elif path == b"/ready" and get and self._weight == 100:
-            self.candidate.handle(request, client)
+        elif path == b"/ready" and get and not self.baseline.fleet.ready()["decode"]:
+            self.arms["candidate" if self._weight == 100 else "baseline"].handle(request, client)
         else:
             return pages.handle(self, request, client, path)
         return True
