@@ -105,6 +105,12 @@ def advice(policy: Policy, base_dir: Path) -> Iterator[str]:
         yield f"the fleet launches several models ({', '.join(models)}): these cannot share KV"
     if policy.canary is not None:
         yield from canary_advice(policy.canary, base_dir)
+        goodput = any(guardrail.metric == "goodput" for guardrail in policy.canary.guardrails)
+        if goodput and policy.scheduler.default_slo_class is None:
+            yield (
+                "the canary guards goodput, and only requests that name an SLO class have one: "
+                "scheduler.default_slo_class gives it to all"
+            )
 
 
 def engine_advice(policy: Policy, dialects: Mapping[str, Dialect]) -> Iterator[str]:

@@ -245,3 +245,11 @@ def test_slow_workers_are_explained():
 def test_a_factor_that_makes_every_worker_slow_is_refused(factor):
     with pytest.raises(ValueError, match="greater than 1"):
         policy(P, D, gateway={"slow_factor": factor})
+
+
+def test_goodput_that_no_request_has_is_warned_of(warned):
+    canary = {"candidate": "c.yaml", "guardrails": [{"metric": "goodput", "slack": 0.1}]}
+    words = "only requests that name an SLO class have one"
+    assert words in warned(B, canary=canary)
+    classes = {"slo_classes": {"chat": {"ttft_s": 1.0}}, "default_slo_class": "chat"}
+    assert words not in warned(B, canary=canary, scheduler=classes)
