@@ -20,6 +20,9 @@ MOST_ALTERNATIVES = 20
 MOST_NAME_CHARS = 256
 """Of a token's name: the longest tokens of vocabularies are runs of 128 spaces."""
 
+MOST_VALUE = 1 << 53
+"""Of a log-probability that is written as an integer; JSON has some that no float can hold."""
+
 MAX_TOKEN_ID = (1 << 32) - 1
 
 
@@ -104,14 +107,14 @@ class AnswerReader:
             others = item.get("top_logprobs")
             for other in others[:MOST_ALTERNATIVES] if isinstance(others, list) else ():
                 if isinstance(other, Mapping):
-                    found.update(_named({other.get("token"): other.get("logprob")}))
+                    found.update(_one(other.get("token"), other.get("logprob")))
             self._add_token(item.get("token"), item.get("logprob"), found)
 
     def _add_token(self, name: object, value: object, top: dict[str, float]) -> None:
         if not isinstance(name, str) or len(name) > MOST_NAME_CHARS:
             self._untold = True
             return
-        top.update(_named({name: value}))
+        top.update(_one(name, value))
         self._tokens.append(name)
         self._top.append(top)
 
@@ -120,11 +123,15 @@ def _named(told: object) -> dict[str, float]:
     """Return the log-probabilities that are some, by the tokens' names."""
     if not isinstance(told, Mapping):
         return {}
-    return {
-        name: float(value)
-        for name, value in list(told.items())[:MOST_ALTERNATIVES]
-        if isinstance(name, str)
-        and len(name) <= MOST_NAME_CHARS
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-    }
+    found: dict[str, float] = {}
+    for name, value in list(told.items())[:MOST_ALTERNATIVES]:
+        found.update(_one(name, value))
+    return found
+
+
+def _one(name: object, value: object) -> dict[str, float]:
+    if not isinstance(name, str) or len(name) > MOST_NAME_CHARS:
+        return {}
+    if isinstance(value, float) or (type(value) is int and abs(value) <= MOST_VALUE):
+        return {name: float(value)}
+    return {}

@@ -20,6 +20,8 @@ from disagg_plugins.canary.shadow import Copy, Lost, Original, Pair, Shadow
 from disagg_plugins.canary.shadow_headers import ShadowHeaders
 from disagg_plugins.canary.tap import Tap
 from disagg_plugins.gateway.client_connection import Request
+from disagg_plugins.gateway.entrance import TENANT_HEADER
+from disagg_plugins.gateway.refusals import RequestError
 
 if TYPE_CHECKING:
     from disagg_plugins.canary.front import Front
@@ -35,6 +37,9 @@ MOST_TIMES = 1_000
 
 MOST_TAKEN = 10_000
 """Pairs between two looks, at most."""
+
+OF_NOBODY = (TENANT_HEADER, b"")
+"""A copy has no tenant: it must take nothing of what its client may have."""
 
 NO_ANSWER = Answer()
 """Of a request whose answers may differ in any case: it has a pair of times only."""
@@ -110,7 +115,7 @@ class Copies:
         copy = self._shadow.consider(original, headers, time.monotonic(), front.serving)
         if copy is None:
             return None
-        tap = Tap() if not_comparable(body) is None else None
+        tap = Tap() if _comparable(body) else None
         sent = _Sent(copy, front.traffic.epoch, tap)
         self._sent[copy.name] = self._by_original[original.request_id] = sent
         asyncio.get_running_loop().call_soon(self._send, sent, request)
@@ -124,6 +129,7 @@ class Copies:
         self._front.metrics.count("disagg_shadow_copies", (copy.arm,))
         sent.client = client = CopyClient()
         headers = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in copy.headers]
+        headers.append(OF_NOBODY)
         again = Request(b"POST", request.path, headers, request.body, True, False, copy.name)
         again.arm = f"{copy.arm}: a copy of {copy.original.request_id}"
         try:
@@ -206,6 +212,13 @@ class Copies:
         """Return the medians of the candidate's TTFT and E2E over its original's, pair by pair."""
         ttft, e2e = zip(*self.times, strict=True) if self.times else ((), ())
         return _median(ttft), _median(e2e)
+
+
+def _comparable(body: Body) -> bool:
+    try:
+        return not_comparable(body) is None
+    except RequestError:  # its worker may read what cannot be read here
+        return False
 
 
 def _ratio(theirs: float | None, ours: float | None) -> float | None:

@@ -284,20 +284,22 @@ class Front:
         body: Body,
         assignment: Assignment,
     ) -> None:
-        original = Original(
-            request_id=request.name,
-            arm="baseline",
-            body_bytes=len(request.body),
-            prompt_tokens=copies.prompt_tokens(body, endpoint, len(request.body)),
-            random=assignment.random or assignment.by == "only arm",
-            effects=side_effects(endpoint, body),
-            is_copy=header_value(request.headers, SHADOW) is not None,
-        )
-        tap = copies.begin(original, request, body)
-        if tap is None:
-            self.baseline.intake.infer(request, client)
-        else:
-            self.baseline.intake.infer(request, ArmClient(client, tap=tap))
+        tap = None
+        try:
+            original = Original(
+                request_id=request.name,
+                arm="baseline",
+                body_bytes=len(request.body),
+                prompt_tokens=copies.prompt_tokens(body, endpoint, len(request.body)),
+                random=assignment.random or assignment.by == "only arm",
+                effects=_effects(endpoint, body),
+                is_copy=header_value(request.headers, SHADOW) is not None,
+            )
+            tap = copies.begin(original, request, body)
+        except Exception:  # whatever a copy fails at, its original is answered
+            log.exception("a copy could not be made")
+        through = client if tap is None else ArmClient(client, tap=tap)
+        self.baseline.intake.infer(request, through)
 
     # Ends
 
@@ -442,6 +444,13 @@ class Front:
         if not ours & theirs:
             told = f"{', '.join(sorted(ours)) or 'none'} and {', '.join(sorted(theirs)) or 'none'}"
             raise RolloutRefused("start", f"the arms serve different models: {told}")
+
+
+def _effects(endpoint: str, body: Body) -> str | None:
+    try:
+        return side_effects(endpoint, body)
+    except RequestError:  # its worker may read what cannot be read here
+        return "what cannot be read"
 
 
 def _prefix(body: Body) -> str | None:

@@ -210,7 +210,9 @@ class Keeper:
         if moved.progress.epoch != stored.progress.epoch or not moved.progress.active:
             self._ours, self._adopted = self._terms.empty(), False
         self._known = replace(stored, progress=moved.progress, revision=revision)
-        lacks = moved.lacks(now, quick if not decisions else None) if moved.progress.active else ()
+        same = moved.progress.epoch == stored.progress.epoch
+        judged = quick if same else Judgement("wait", (), ())  # of a step that has no evidence yet
+        lacks = moved.lacks(now, judged) if moved.progress.active else ()
         return View(moved.progress, moved.progress.weight, leads=True, lacks=lacks)
 
     def _gather(self, epoch: Epoch) -> tuple[Case, str | None]:

@@ -174,6 +174,8 @@ class Lookout:
             self.history.clear()
         if point is not None:
             self.history.append(point)
+        if view.progress.decisions != self.view.progress.decisions:
+            self._report = None  # it lacks the newest decision
         self.view = view
         self._looked(view)
         return view

@@ -259,7 +259,9 @@ class ParityPolicy(Section):
         default=30, ge=1, description="Pairs of each kind in a bucket before it is judged."
     )
     fair_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.05, description="A step waits for buckets with so much of the pairs."
+        default=0.05,
+        description="Buckets with so much of the pairs must be alike for the verdict ok, which is "
+        "told and which no step waits for.",
     )
 
     @field_validator("prompt_tokens")

@@ -118,6 +118,7 @@ def build_side_by_side(
     models: dict[str, str] | None = None,
     canary: dict[str, object] | None = None,
     candidate: dict[str, object] | None = None,
+    baseline: dict[str, object] | None = None,
     absent: tuple[str, ...] = (),
     wait: bool = True,
     **roles: str,
@@ -153,6 +154,7 @@ def build_side_by_side(
             "gateway": {**GATEWAY, "port": free_port()},
             "telemetry": TELEMETRY,
             "canary": {**CANARY, **(canary or {})},
+            **(baseline or {}),
         },
     )
     write(

@@ -14,7 +14,7 @@ from tests.engines.guides import GUIDES, Transcript, run_guide, runnable
 
 GUIDE = GUIDES / "monolithic_to_split.md"
 RUN_S = 240.0
-"""15 s on two idle cores, most of them Python that starts; more where other tests run beside."""
+"""About 20 s on two idle cores, most of it Python that starts; a minute beside other work."""
 
 pytestmark = pytest.mark.timeout(RUN_S + 60)
 

@@ -397,3 +397,13 @@ def test_gateways_with_another_plan_hold(site):
     view = site.look(keeper)
     assert view.progress.phase == "held"
     assert "other ones" in view.progress.why
+
+
+def test_after_a_promotion_the_next_step_waits_for_evidence_not_for_a_judge(site) -> None:
+    site.start()
+    keeper = site.keeper("a")
+    site.look(keeper)
+    site.pass_s(10.0)
+    view = site.look(keeper, 200)
+    assert view.weight == 50
+    assert not [lack for lack in view.lacks if "cannot be judged" in lack]
