@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from disagg_plugins.gateway.reply import Answering, Reply
     from disagg_plugins.gateway.sending import Sender
 
-ELSEWHERE = frozenset({404, 429, 500, 501, 502, 503})
+ELSEWHERE = frozenset({404, 500, 501, 502, 503})
 """Statuses by which an arm says that it cannot: what the other one may well do. Not 504: the time
-is over there, too."""
+is over there, too. Not 429: a tenant that asks for more than it may would get it twice."""
 
 
 class ArmClient:
@@ -34,7 +34,7 @@ class ArmClient:
         tap: Reads the answer; None: nobody does.
     """
 
-    __slots__ = ("_connection", "_elsewhere", "_tap")
+    __slots__ = ("_connection", "_elsewhere", "_given", "_tap")
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class ArmClient:
         self._connection = connection
         self._elsewhere = elsewhere
         self._tap = tap
+        self._given = False  # another arm answers: what still comes from this one is dropped
 
     @property
     def chunked(self) -> bool:
@@ -63,8 +64,11 @@ class ArmClient:
 
     def answer(self, status: int, body: bytes, lines: bytes) -> None:
         """Send a whole answer, or let another arm do it."""
+        if self._given:
+            return
         elsewhere, self._elsewhere = self._elsewhere, None
         if elsewhere is not None and status in ELSEWHERE and not self._connection.started:
+            self._given = True
             elsewhere(status)
             return
         if self._tap is not None:
@@ -91,7 +95,8 @@ class ArmClient:
 
     def break_off(self, last: bytes) -> None:
         """See ``Client``."""
-        self._connection.break_off(last)
+        if not self._given:
+            self._connection.break_off(last)
 
     def abort(self) -> None:
         """See ``Client``."""

@@ -95,6 +95,14 @@ def _check(baseline: LoadedPolicy, candidate: LoadedPolicy) -> None:
             key="model",
             fix="a canary compares two deployments of one model",
         )
+    unlike = sorted(set(ours.scheduler.slo_classes) ^ set(theirs.scheduler.slo_classes))
+    if unlike:
+        raise ConfigError(
+            f"only one of the arms knows the SLO classes {', '.join(unlike)}",
+            file=where,
+            key="scheduler.slo_classes",
+            fix="give both policies the same classes: the other arm would refuse their requests",
+        )
     if baseline.secret() != candidate.secret():
         raise ConfigError(
             "the arms have different secrets, and their workers report to one gateway",

@@ -132,8 +132,10 @@ class Copies:
         headers.append(OF_NOBODY)
         again = Request(b"POST", request.path, headers, request.body, True, False, copy.name)
         again.arm = f"{copy.arm}: a copy of {copy.original.request_id}"
+        arm = self._front.arms[copy.arm]
+        arm.once.add(copy.name)
         try:
-            self._front.arms[copy.arm].intake.infer(again, client)
+            arm.intake.infer(again, client)
         except Exception:
             log.exception("a copy could not be sent")
             self._end(sent, self._shadow.copy_ended(copy.name, None))
@@ -205,6 +207,7 @@ class Copies:
             sent.client.cancel()
 
     def _forget(self, sent: _Sent) -> None:
+        self._front.arms[sent.copy.arm].once.discard(sent.copy.name)
         self._sent.pop(sent.copy.name, None)
         self._by_original.pop(sent.copy.original.request_id, None)
 

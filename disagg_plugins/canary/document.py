@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Plain = dict[str, object]
 
+SHOWN_POINTS = 250
+"""Of the history: making more of them takes the loop's time, and no screen shows more."""
+
 SHOWN_BINS_PER_DECADE = 12
 """Of the distributions: a fifth wide, which is what one sees in a picture."""
 
@@ -69,7 +72,7 @@ def document(front: Front, report: Report, *, may_act: bool) -> Plain:
         "counted": _counted(front),
         "guardrails": [_guardrail(v) for v in report.judgement.verdicts],
         "parity": None if report.parity is None else _parity(report.parity, report),
-        "history": [_point(point) for point in front.lookout.history],
+        "history": [_point(point) for point in _thin(list(front.lookout.history))],
         "distributions": {
             name: _distribution(name, *pair)
             for name, pair in report.case.guardrails.distributions().items()
@@ -77,6 +80,12 @@ def document(front: Front, report: Report, *, may_act: bool) -> Plain:
         "shadow": _shadow(front),
         "decisions": [decision.as_dict() for decision in report.decisions],
     }
+
+
+def _thin(points: list[Point]) -> list[Point]:
+    """Return so many points as one sees, the newest among them."""
+    every = -(-len(points) // SHOWN_POINTS)
+    return points[::-1][:: max(1, every)][::-1]
 
 
 def _lacks(lacks: Sequence[str], report: Report) -> list[str]:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from disagg_plugins.canary.rollout import Plan
     from disagg_plugins.gateway.body import Body
     from disagg_plugins.gateway.client_connection import ClientConnection, Request
+    from disagg_plugins.gateway.reply import Client
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.policy import Policy
     from disagg_plugins.telemetry.metrics import Metrics
@@ -69,6 +70,10 @@ class ArmObserver:
 
     def __init__(self, front: Front, arm: Arm) -> None:
         self._front, self._arm = front, arm
+
+    def began(self, name: str) -> None:
+        """See ``Observer``."""
+        self._front.traffic.began(name, self._arm)
 
     def refused(self, name: str, status: int) -> None:
         """See ``Observer``."""
@@ -127,7 +132,7 @@ class Front:
         grace_s = max(g.policy.telemetry.report_wait_s for g in self.arms.values()) + 1.0
         self.traffic = Traffic(canary.horizon_s, grace_s)
         self._secret = secret
-        self._asked: dict[ClientConnection, tuple[str, Arm]] = {}
+        self._asked: dict[ClientConnection, str] = {}
         self._rules: tuple[Match, ...] = tuple(rule.match() for rule in canary.rules)
         self._sticky: Sticky = canary.sticky
         self._prefixes = canary.sticky == "prefix"
@@ -195,8 +200,8 @@ class Front:
             name = endpoints.explained(request)
             known = self.candidate.explanations.of(name) is not None
             (self.candidate if known else self.baseline).handle(request, client)
-        elif path == b"/ready" and get and self._weight == 100:
-            self.candidate.handle(request, client)
+        elif path == b"/ready" and get and not self.baseline.fleet.ready()["decode"]:
+            self.arms["candidate" if self._weight == 100 else "baseline"].handle(request, client)
         else:
             return pages.handle(self, request, client, path)
         return True
@@ -213,6 +218,7 @@ class Front:
         try:
             body = request.read = read_body(request.body)
             subject = self._subject(request, name, body)
+            self._check_model(subject.model)
             slo_class = slo_class_of(request.headers, self.policy.scheduler)
         except RequestError:
             self.baseline.intake.infer(request, client)  # it refuses with the same reason
@@ -225,15 +231,24 @@ class Front:
             slo = self.policy.scheduler.slo_classes.get(slo_class or "", NO_SLO)
             stream = body.get("stream") is True
             now_s = time.monotonic()
+            if name in self.traffic:  # a client's id, which another request of it has still
+                request.name = name = request_id(())
             self.traffic.enter(name, Arrived(arm, now_s, stream, slo.ttft_s, slo.tpot_s))
-            self._asked[client] = (name, arm)
+            self._asked[client] = name
         if arm == "candidate":
-            through = ArmClient(client, elsewhere=lambda _: self._elsewhere(request, client))
+            through: Client = client  # who asked for the candidate wants to hear how it fails
+            if assignment.by != "override":
+                through = ArmClient(client, elsewhere=lambda _: self._elsewhere(request, client))
             self.candidate.intake.infer(request, through)
         elif self.copies is not None:
             self._with_copy(self.copies, request, client, endpoint, body, assignment)
         else:
             self.baseline.intake.infer(request, client)
+
+    def _check_model(self, model: str | None) -> None:
+        """Refuse a model that neither arm serves: its client's mistake, and no arm's failure."""
+        if model is not None and not any(g.fleet.knows_model(model) for g in self.arms.values()):
+            raise RequestError(404, "neither arm serves the model", code="model_not_found")
 
     def _subject(self, request: Request, name: str, body: Body) -> Subject:
         headers = request.headers
@@ -305,25 +320,25 @@ class Front:
 
     def refused(self, arm: Arm, name: str, status: int) -> None:
         """A request of an arm was refused before it went to a worker."""
-        self.traffic.refused(name, arm, status, time.monotonic())
+        if not self.draining:  # what the end of the gateway refuses is no fault of its arm
+            self.traffic.refused(name, arm, status, time.monotonic())
         if self.copies is not None:
             self.copies.ended(arm, name, None)
 
     def settled(self, arm: Arm, record: RequestRecord) -> None:
         """A request of an arm is over."""
         record.arm = arm
-        self.traffic.settled(record, arm)
+        if record.outcome != "closed":  # as above
+            self.traffic.settled(record, arm)
         if self.copies is not None:
             self.copies.ended(arm, record.request_id, record)
 
     def left(self, client: ClientConnection) -> None:
         """A client connection is closed."""
         self.connections.discard(client)
-        name, arm = self._asked.pop(client, ("", "baseline"))
-        if name in self.traffic:
-            explanation = self.arms[arm].explanations.of(name)
-            if explanation is None or explanation.record is None:  # it never began
-                self.traffic.left(name, time.monotonic())
+        name = self._asked.pop(client, None)
+        if name is not None and not self.draining:
+            self.traffic.left(name, time.monotonic())
         self._changed.set()
 
     # The rollout
@@ -373,7 +388,10 @@ class Front:
                     log.exception("a connection could not be closed in time")
                     client.abort()
             if self.copies is not None:
-                self.copies.sweep(now_s)
+                try:
+                    self.copies.sweep(now_s)
+                except Exception:  # this task's end would end the gateway
+                    log.exception("copies could not be given up in time")
 
     async def drain(self) -> None:
         """Let open requests end within the arms' ``drain_s``; then close everything."""
@@ -454,6 +472,13 @@ def _effects(endpoint: str, body: Body) -> str | None:
 
 
 def _prefix(body: Body) -> str | None:
+    try:
+        return _prefix_of(body)
+    except RequestError:  # its worker may read what cannot be read here
+        return None
+
+
+def _prefix_of(body: Body) -> str | None:
     prompt = body.get("prompt")
     if isinstance(prompt, str):
         return prefix_of(prompt)

@@ -145,6 +145,7 @@ class Lookout:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="disagg-canary")
         self._wake = asyncio.Event()
         self._report: Report | None = None
+        self._reporting = asyncio.Lock()
         self._history_s = float("-inf")
         self.view = View(Progress(), 0)
         self.history: deque[Point] = deque(maxlen=MOST_HISTORY)
@@ -177,7 +178,10 @@ class Lookout:
         if view.progress.decisions != self.view.progress.decisions:
             self._report = None  # it lacks the newest decision
         self.view = view
-        self._looked(view)
+        try:
+            self._looked(view)
+        except Exception:  # the next look tries again
+            log.exception("a view of the canary could not be followed")
         return view
 
     async def act(self, do: Do, by: str, why: str) -> Decision:
@@ -194,17 +198,18 @@ class Lookout:
 
         decision = await self._on_thread(decide)
         self._report = None
-        log.warning("canary: %s by %s: %s", do, by, why or "no reason given")
+        log.warning("canary: %s by %r: %r", do, by, why or "no reason given")
         await self.look()
         return decision
 
     async def report(self) -> Report:
         """Return all that is known, at most ``REPORT_S`` old."""
-        report = self._report
-        if report is None or time.monotonic() - report.at_s > REPORT_S:
-            report = await self._on_thread(self._make_report)
-            self._report = report
-        return report
+        async with self._reporting:  # who asks meanwhile gets the same one: looks wait for each
+            report = self._report
+            if report is None or time.monotonic() - report.at_s > REPORT_S:
+                report = await self._on_thread(self._make_report)
+                self._report = report
+            return report
 
     def wake(self) -> None:
         """Look now."""
@@ -234,7 +239,11 @@ class Lookout:
         if not view.progress.active or not (changed or now.mono_s - self._history_s >= HISTORY_S):
             return view, None
         self._history_s = now.mono_s
-        return view, _point(now.wall_s, view, self._keeper.report()[1])
+        try:
+            return view, _point(now.wall_s, view, self._keeper.report()[1])
+        except Exception:  # what was decided holds all the same
+            log.exception("a point of the canary's history could not be made")
+            return view, None
 
     def _compared(self, pair: Pair) -> Compared:
         difference = compare(pair.original, pair.answer, tie_gap=self._tie_gap)

@@ -48,6 +48,7 @@ class Traffic:
     def __init__(self, horizon_s: float, grace_s: float) -> None:
         self._horizon_s, self._grace_s = horizon_s, grace_s
         self._open: dict[str, Arrived] = {}
+        self._begun: set[str] = set()  # of the open ones: their end comes by itself
         self._skipped = 0
         self.counted: dict[Arm, int] = {"baseline": 0, "candidate": 0}
         self.epoch = Epoch(0, 0)
@@ -59,6 +60,7 @@ class Traffic:
         self._skipped += self._cohort.skipped
         self._cohort = self._new_cohort()
         self._open.clear()
+        self._begun.clear()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -87,6 +89,12 @@ class Traffic:
         if self._cohort.enter(name, unfinished):
             self._open[name] = arrived
 
+    def began(self, name: str, arm: Arm) -> None:
+        """A request goes to a worker."""
+        arrived = self._open.get(name)
+        if arrived is not None and arrived.arm == arm:
+            self._begun.add(name)
+
     def settled(self, record: RequestRecord, arm: Arm) -> None:
         """A request is over; that of the other arm, which answered in its place, is not counted."""
         arrived = self._open.get(record.request_id)
@@ -106,7 +114,8 @@ class Traffic:
         arrived = self._open.get(name)
         if arrived is None or arrived.arm != arm:
             return
-        service = status >= 500 or status in OF_THE_SERVICE
+        # 429 is the gateway's own here: its tenant asked for more than it may
+        service = status >= 500 or (status in OF_THE_SERVICE and status != 429)
         within = False if service and arrived.ttft_slo_s is not None else None
         outcome = Outcome(
             arm,
@@ -119,9 +128,9 @@ class Traffic:
         self._end(name, outcome)
 
     def left(self, name: str, now_s: float) -> None:
-        """The client went before its request went to any worker."""
+        """The client went; of a request that has not begun that is the end."""
         arrived = self._open.get(name)
-        if arrived is not None:
+        if arrived is not None and name not in self._begun:
             waited_s = now_s - arrived.arrival_s
             outcome = Outcome(
                 arrived.arm,
@@ -144,4 +153,5 @@ class Traffic:
 
     def _end(self, name: str, outcome: Outcome) -> None:
         del self._open[name]
+        self._begun.discard(name)
         self._cohort.end(name, outcome)

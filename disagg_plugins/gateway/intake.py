@@ -49,9 +49,16 @@ class Intake:
         self._gateway = gateway
 
     def infer(self, request: Request, client: Client) -> None:
-        """Route one completion or chat request."""
-        gateway, now_s = self._gateway, time.monotonic()
+        """Route one completion or chat request; whatever goes wrong, the client hears of it."""
         name = request.name or request_id(request.headers)
+        try:
+            self._read(request, client, name)
+        except Exception:
+            self._failed(client, name)
+
+    def _read(self, request: Request, client: Client, name: str) -> None:
+        """Read a request, and route it once its prompt is counted."""
+        gateway, now_s = self._gateway, time.monotonic()
         try:
             parsed = parse_request(
                 request.path.partition(b"?")[0].decode("ascii"),
@@ -76,10 +83,7 @@ class Intake:
                 try:
                     self._route(request, client, parsed, ids, name, now_s)
                 except Exception:
-                    log.exception("a request could not be handled")
-                    gateway.refuse(
-                        client, 500, "the gateway failed; its log says why", code="internal"
-                    )
+                    self._failed(client, name)
 
             if self._count(client, counting, go_on):
                 return
@@ -172,8 +176,18 @@ class Intake:
         explanation.record = exchange.record
         explanation.settle(len(self._gateway.fleet.workers))
         gateway.active.add(exchange)
+        if gateway.observer is not None:
+            gateway.observer.began(profile.request_id)
         gateway.retries.request(time.monotonic())
         exchange.begin()
+
+    def _failed(self, client: Client, name: str) -> None:
+        """Answer a request that the gateway itself failed at; within ``except``."""
+        log.exception("a request could not be handled")
+        if self._gateway.observer is not None:
+            self._gateway.observer.refused(name, 500)
+        message = "the gateway failed; its log says why"
+        self._gateway.refuse(client, 500, message, code="internal")
 
     def _refused(
         self,

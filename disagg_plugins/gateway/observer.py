@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 class Observer(Protocol):
     """Is told of every request's end, on the gateway's loop; each call must be quick."""
 
+    def began(self, name: str) -> None:
+        """A request goes to a worker; its end is ``settled``."""
+        ...
+
     def refused(self, name: str, status: int) -> None:
         """A request was refused before it went to any worker.
 

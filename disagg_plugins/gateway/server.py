@@ -110,6 +110,7 @@ class Gateway:
         self.active: set[Exchange] = set()
         self.explanations = Explanations()
         self.retries = RetryBudget(policy.gateway.retry_share, policy.gateway.retries_per_s)
+        self.once: set[str] = set()  # requests that no second worker is asked for, by id
         self.read_tokens: Counter[str] = Counter()  # prompt tokens read so far, by worker
         self.counting: set[WaitsForCount] = set()
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
@@ -267,6 +268,8 @@ class Gateway:
             tried: Only a worker can be returned that could go on with an answer which ``failed``
                 began, and that is none of these; None: the answer begins anew.
         """
+        if profile.request_id in self.once:
+            return None
         again = replace(
             profile, unsplittable=f"a retry after worker {failed.name} failed", admitted=True
         )
@@ -287,6 +290,8 @@ class Gateway:
     def may_retry(self, record: RequestRecord) -> bool:
         """Return whether one more retry is within the budget; the record tells where not."""
         policy = self.policy.gateway
+        if record.request_id in self.once:
+            return False
         if self.retries.take(time.monotonic()):
             return True
         self.metrics.count("disagg_retries_refused")

@@ -60,6 +60,11 @@ def test_another_candidate_is_another_plan(read) -> None:
         ({**CANDIDATE, "canary": BASELINE["canary"]}, {}, "no canary of its own"),
         ({"fleet": {"workers": []}}, {}, "no worker"),
         (
+            CANDIDATE,
+            {"scheduler": {"slo_classes": {"chat": {"ttft_s": 1.0}}}},
+            "only one of the arms knows the SLO classes chat",
+        ),
+        (
             {**CANDIDATE, "telemetry": {"records": "same.jsonl"}},
             {"telemetry": {"records": "same.jsonl"}},
             "records to one file",

@@ -53,7 +53,9 @@ def test_the_other_arm_that_answered_instead_is_not_counted(traffic: Traffic) ->
     assert [(o.arm, o.ended, o.e2e_s) for o in traffic.due(1.0)] == [("candidate", "error", 0.5)]
 
 
-@pytest.mark.parametrize(("status", "ended"), [(400, "rejected"), (429, "error"), (503, "error")])
+@pytest.mark.parametrize(
+    ("status", "ended"), [(400, "rejected"), (429, "rejected"), (404, "error"), (503, "error")]
+)
 def test_a_refusal_is_the_clients_fault_or_the_arms(traffic, status, ended) -> None:
     arrive(traffic, "a", 0.0)
     traffic.refused("a", "candidate", status, 0.5)

@@ -49,7 +49,8 @@ def test_a_request_that_the_end_of_the_gateway_cut_off_is_no_failure_of_its_arm(
     site = at_the_candidate(arms, behaviours={"c0": Behaviour(hang="head")})
     site.raw(raw_request("cut-off"))
     eventually(lambda: site.front.candidate.active, "in flight")
-    site.stop()
+    site.request_stop()
+    eventually(lambda: not site._thread.is_alive(), "the end, with its client waiting")
     assert site.front.traffic.counted == {"baseline": 0, "candidate": 0}
 
 
@@ -71,16 +72,26 @@ def test_a_candidate_that_fails_inside_the_gateway_is_spared_the_client_and_coun
     def fails(*_: object) -> None:
         raise RuntimeError("a plugin did what it must not")
 
-    site.front.candidate.decide = fails
-    site.front.candidate.entrance._ways = site.front.candidate.entrance._ways.__class__(
-        fails,
-        *[
-            getattr(site.front.candidate.entrance._ways, n)
-            for n in ("begin", "refuse", "score", "fleet", "changed")
-        ],
-    )
+    site.front.candidate.intake.profile = fails
     assert site.complete("hello")[0] == 200
     assert len(site.front.traffic) == 0
+    eventually(lambda: judged(site, "candidate") == 1, "counted")
+    assert site.document()["guardrails"][0]["candidate"]["estimate"] == 1.0
+
+
+def test_a_model_that_neither_arm_serves_is_no_failure_of_any(arms) -> None:
+    site = at_the_candidate(arms)
+    status, answer = site.complete("hello", model="no-such-model")
+    assert status == 404
+    assert b"fake-model" in answer  # what is served
+    assert site.complete("hello")[0] == 200
+    eventually(lambda: judged(site, "candidate") >= 1, "counted")
+    assert site.document()["guardrails"][0]["candidate"]["estimate"] == 0.0
+
+
+def test_a_model_that_the_candidate_lacks_is_its_failure(arms) -> None:
+    site = at_the_candidate(arms, models={"c0": "another-model"})
+    assert site.complete("hello")[0] == 200
     eventually(lambda: judged(site, "candidate") == 1, "counted")
     assert site.document()["guardrails"][0]["candidate"]["estimate"] == 1.0
 
@@ -93,12 +104,11 @@ def test_two_requests_of_one_id_are_counted_each_by_its_own_end(arms) -> None:
     body = {"model": "fake-model", "prompt": "hello", "max_tokens": 2}
     status, answered, _ = site.request("POST", "/v1/completions", body, headers)
     assert status == 200
-    assert answered["x-request-id"] != "same"  # it is taken
-    assert len(site.front.traffic) == 1
     first.close()
     eventually(lambda: site.front.traffic.counted["baseline"] == 2, "both are counted")
     eventually(lambda: judged(site, "baseline") == 1, "one was answered, one client left")
     assert site.front.traffic.skipped == 0
+    assert answered["x-request-id"] != "same"  # it is taken
 
 
 def test_a_client_that_closes_after_its_answer_has_not_left_its_request(arms, monkeypatch) -> None:
@@ -119,3 +129,12 @@ def test_a_client_that_closes_after_its_answer_has_not_left_its_request(arms, mo
     connection.close()
     eventually(lambda: site.front.traffic.counted["candidate"] == 2, "both are counted")
     eventually(lambda: judged(site, "candidate") == 2, "both were answered")
+
+
+def test_a_tenant_that_asks_for_more_than_it_may_is_no_failure_of_the_arm(arms) -> None:
+    rules = {"tenants": {"ann": {"prompt_tokens_per_s": 0.001, "burst_tokens": 20}}}
+    site = at_the_candidate(arms, baseline={"scheduler": rules}, candidate={"scheduler": rules})
+    statuses = [site.complete("x" * 32, user="ann")[0] for _ in range(6)]  # 8 tokens each
+    eventually(lambda: site.front.traffic.counted["candidate"] == 6, "counted")
+    assert site.document()["guardrails"][0]["candidate"]["estimate"] == 0.0
+    assert statuses == [200, 200, 429, 429, 429, 429]
