@@ -65,26 +65,88 @@ def _plain(document: Mapping[str, Any]) -> Iterable[str]:
         yield f"<p>The next step waits: {escape(str(lack))}</p>"
     if document["trouble"]:
         yield f"<p>Trouble: {escape(str(document['trouble']))}</p>"
+    yield "<h2>Arms</h2>"
+    yield from _table(ARMS_HEAD, (_arm(name, arm) for name, arm in document["arms"].items()))
     yield "<h2>Guardrails</h2>"
-    yield from _table((g["name"], g["answer"], g["reason"]) for g in document["guardrails"])
-    if document.get("parity"):
+    counted = document["counted"]
+    yield f"<p>Counted: {_arms(counted)}.</p>"
+    yield from _table(
+        ("Guardrail", "Verdict", "Baseline (interval; requests)", "Candidate", "Allowed", "Why"),
+        (_guardrail(guardrail) for guardrail in document["guardrails"]),
+    )
+    if parity := document["parity"]:
         yield "<h2>Do both say the same?</h2>"
+        yield f"<p>Pairs: {_arms(parity['pairs'])}; never answered: {_arms(parity['lost'])}.</p>"
         yield from _table(
-            (f["bucket"], f["aspect"], f["reason"]) for f in document["parity"]["findings"]
+            ("Prompts", "Aspect", "Verdict", "Baseline with itself", "Candidate", "Allowed", "Why"),
+            (_finding(finding) for finding in parity["findings"]),
+        )
+    if shadow := document["shadow"]:
+        ttft, e2e = _number(shadow["ttft_ratio_p50"]), _number(shadow["e2e_ratio_p50"])
+        yield (
+            f"<h2>Copies</h2><p>Sent: {_arms(shadow['copied'])}; median of the candidate's time "
+            f"over the baseline's: TTFT {ttft}, end to end {e2e}.</p>"
         )
     yield "<h2>Decisions</h2>"
     yield from _table(
+        ("When", "What", "Why"),
         (
-            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(d["at_s"])),
-            f"{d['kind']} by {d['by']}: {d['from_weight']} % to {d['to_weight']} %",
-            "; ".join(d["why"]),
-        )
-        for d in document["decisions"]
+            (
+                time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(d["at_s"])),
+                f"{d['kind']} by {d['by']}: {d['from_weight']} % to {d['to_weight']} %",
+                "; ".join(d["why"]),
+            )
+            for d in document["decisions"]
+        ),
     )
 
 
-def _table(rows: Iterable[Iterable[object]]) -> Iterable[str]:
-    yield "<table>"
+ARMS_HEAD = ("Arm", "Model", "Requests", "In flight", "Really split, of the last", "Workers")
+
+
+def _arm(name: str, arm: Mapping[str, Any]) -> Iterable[object]:
+    split = f"{arm['split']['happened']} of {arm['split']['routed']}"
+    workers = "; ".join(
+        f"{w['name']} ({w['role']}): {'healthy' if w['healthy'] else w['reason']}"
+        for w in arm["workers"]
+    )
+    return name, arm["model"], arm["requests"], arm["in_flight"], split, workers
+
+
+def _guardrail(guardrail: Mapping[str, Any]) -> Iterable[object]:
+    figures = (_figure(guardrail[arm]) for arm in ("baseline", "candidate"))
+    allowed = guardrail["allowed"]
+    words = "" if allowed is None else f"{_number(allowed)} {guardrail['unit']}"
+    name = guardrail["name"] + ("" if guardrail["required"] else " (only rolls back)")
+    return name, guardrail["answer"], *figures, words, guardrail["reason"]
+
+
+def _finding(finding: Mapping[str, Any]) -> Iterable[object]:
+    figures = (_figure(finding[arm]) for arm in ("baseline", "candidate"))
+    head = (finding["bucket"], finding["aspect"], finding["answer"])
+    return *head, *figures, finding["allowed"], finding["reason"]
+
+
+def _arms(counts: Mapping[str, Any]) -> str:
+    """Return the counts of both arms in words, as markup."""
+    words = f"{counts['baseline']} of the baseline, {counts['candidate']} of the candidate"
+    return escape(words)
+
+
+def _figure(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return "none"
+    estimate, low, high = (_number(figure[key], "unbounded") for key in ("estimate", "low", "high"))
+    return f"{estimate} ({low} to {high}; {figure['count']})"
+
+
+def _number(value: float | None, unknown: str = "unknown") -> str:
+    return unknown if value is None else f"{value:.4g}"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> Iterable[str]:
+    yield '<div class="scroll"><table><tr>'
+    yield "".join(f'<th scope="col">{escape(name)}</th>' for name in head) + "</tr>"
     for row in rows:
         yield "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>"
-    yield "</table>"
+    yield "</table></div>"

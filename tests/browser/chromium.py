@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -39,5 +40,18 @@ def unpack(folder: Path) -> None:
         program.chmod(0o755)
 
 
+def check(folder: Path) -> None:
+    env = {**os.environ, "LD_LIBRARY_PATH": str(folder / "lib")}
+    command = [str(folder / "chromium"), "--version"]
+    subprocess.run(command, env=env, check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
 if __name__ == "__main__":
-    unpack(Path(sys.argv[1]))
+    try:
+        unpack(Path(sys.argv[1]))
+        check(Path(sys.argv[1]))
+    except (OSError, subprocess.SubprocessError, ValueError) as exc:
+        sys.exit(
+            f"make browser: no Chromium could be had of {PACKAGE}: {exc}. It needs npm's registry "
+            "(npm config get registry) and a 64-bit Linux on x86."
+        )

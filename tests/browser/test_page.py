@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,31 +10,17 @@ import pytest
 
 from disagg_plugins.canary.report import report_html
 from disagg_plugins.cli.main import main
+from tests.browser.seen import Seen
 from tests.canary.side_by_side import build_side_by_side
 from tests.gateway.harness import SECRET, eventually
 
 pytest.importorskip("playwright", reason="run by `make test-browser`")
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
 
-CHROMIUM = Path(__file__).resolve().parents[2] / ".venvs" / "browser" / "chromium"
-NO_SANDBOX = ("--no-sandbox", "--no-zygote", "--disable-gpu", "--disable-dev-shm-usage")
-"""A container has no namespaces to give; what is opened comes from this machine."""
-
 LONG_MS = 15_000.0
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    env = {**os.environ, "LD_LIBRARY_PATH": str(CHROMIUM / "lib")}
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=CHROMIUM / "chromium", args=NO_SANDBOX, env=env
-        )
-        yield found
-        found.close()
 
 
 @pytest.fixture
@@ -44,30 +28,6 @@ def arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DISAGG_SECRET", SECRET.decode())
     with ExitStack() as stack:
         yield partial(build_side_by_side, stack, tmp_path)
-
-
-class Seen:
-    """A page, and what it must not do."""
-
-    def __init__(self, browser: Browser, width: int = 1100) -> None:
-        self.page: Page = browser.new_page(viewport={"width": width, "height": 800}, locale="en-US")
-        self.errors: list[str] = []
-        self.hosts: set[str] = set()
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", self._console)
-        self.page.on("request", lambda r: self.hosts.add(r.url.split("/")[2]))
-
-    def _console(self, message) -> None:
-        if message.type == "error" and "409" not in message.text:
-            self.errors.append(message.text)
-
-
-@pytest.fixture
-def seen(browser: Browser) -> Iterator[Seen]:
-    found = Seen(browser)
-    yield found
-    found.page.close()
-    assert found.errors == []
 
 
 def link(site, tmp_path: Path, capsys, *words: str) -> str:

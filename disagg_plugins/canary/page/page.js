@@ -1,7 +1,7 @@
 "use strict";
 // The canary's page. Everything from the gateway is text, put in by textContent alone.
 (() => {
-  const POLL_MS = 2000, MOST_MS = 30000, ANSWER_MS = 20000, STALE_S = 15;
+  const POLL_MS = 2000, MOST_MS = 30000, ANSWER_MS = 20000, STALE_S = 15, TOLD_POINTS = 60;
   const COMMANDS = {
     start: { label: "Start", when: ["pending", "rolled_back", "aborted", "completed"] },
     approve: { label: "Approve next step", when: ["awaiting"] },
@@ -11,7 +11,8 @@
   };
   const embedded = document.getElementById("document");
   const $ = (id) => document.getElementById(id);
-  let token = null, wait = POLL_MS, doc = null, seenMs = 0, charts = [], drawn = "", chosen = null;
+  const parts = new Map(), opened = new Set(), choose = document.createElement("select");
+  let token = null, wait = POLL_MS, doc = null, seenMs = 0, timer = 0, asked = 0, shown = 0;
 
   // --- small helpers ---------------------------------------------------------------------------
 
@@ -41,9 +42,14 @@
     t.append(thead, b); box.append(t);
     return box;
   };
-  const section = (title, ...parts) => {
-    const s = make("section"); s.append(make("h2", title), ...parts); return s;
+  const folded = (label, rows) => {
+    const box = make("details");
+    box.open = opened.has(label);
+    box.addEventListener("toggle", () => (box.open ? opened.add(label) : opened.delete(label)));
+    box.append(make("summary", label), table(rows[0], rows.slice(1), label));
+    return box;
   };
+  const range = (t) => (t ? `${number(t[0])} (${number(t[1])} to ${number(t[2])})` : "none");
   const answer = (a) => make("td", { ok: "within", worse: "WORSE", open: "open" }[a] || a, { class: a });
 
   // --- what is shown ---------------------------------------------------------------------------
@@ -69,6 +75,7 @@
     if (d.trouble) box.append(make("p", `The rollout's memory cannot be used: ${d.trouble}`, { class: "trouble" }));
     if (d.progress.why) box.append(make("p", `Held: ${d.progress.why}`));
     if (d.plan.frozen) box.append(make("p", `Frozen: ${d.plan.frozen}`));
+    if (!d.leads && d.progress.weight > 0) box.append(make("p", "Another gateway decides; it knows what the next step waits for.", { class: "note" }));
     const list = make("ul");
     d.lacks.forEach((l) => list.append(make("li", l)));
     if (d.lacks.length) box.append(make("p", "The next step waits:"), list);
@@ -85,16 +92,17 @@
   function guardrails(d) {
     const rows = d.guardrails.map((g) => [
       g.name + (g.required ? "" : " (only rolls back)"), answer(g.answer), figure(g.baseline),
-      figure(g.candidate), g.allowed === null ? "" : `${number(g.allowed)} ${g.unit}`,
+      figure(g.candidate), g.allowed === null ? "" : `${number(g.allowed)} ${g.unit}`, g.reason,
     ]);
-    return table(["Guardrail", "Verdict", "Baseline (interval; requests)", "Candidate", "Allowed"], rows, "Guardrails");
+    return table(["Guardrail", "Verdict", "Baseline (interval; requests)", "Candidate", "Allowed", "Why"], rows, "Guardrails");
   }
   function parity(d) {
     if (!d.parity) return make("p", "Answers are not compared (canary.shadow).");
-    const rows = d.parity.findings.map((f) => [f.bucket, f.aspect, answer(f.answer), figure(f.baseline), figure(f.candidate), f.allowed]);
+    const rows = d.parity.findings.map((f) => [f.bucket, f.aspect, answer(f.answer), figure(f.baseline), figure(f.candidate), f.allowed, f.reason]);
     const box = make("div");
-    box.append(make("p", `Pairs: ${d.parity.pairs.candidate} with the candidate, ${d.parity.pairs.baseline} of the baseline with itself.`),
-      table(["Prompts", "Aspect", "Verdict", "Baseline with itself", "Candidate", "Allowed"], rows, "Parity"));
+    box.append(make("p", `Pairs: ${d.parity.pairs.candidate} with the candidate, ${d.parity.pairs.baseline} of the baseline with itself. ` +
+      `Copies never answered: ${d.parity.lost.candidate} of the candidate, ${d.parity.lost.baseline} of the baseline.`),
+      table(["Prompts", "Aspect", "Verdict", "Baseline with itself", "Candidate", "Allowed", "Why"], rows, "Parity"));
     return box;
   }
   function shadow(d) {
@@ -116,68 +124,127 @@
   const axis = (label, more) => ({ label, stroke: "GrayText", grid: { stroke: "#8883" }, ticks: { stroke: "#8883" }, ...more });
   const width = (box) => Math.max(260, Math.min(1100, box.clientWidth || 320));
 
-  function overTime(box, d) {
+  function draw(part, label, options, data) {
+    const canvas = make("div", null, { class: "chart", role: "img", "aria-label": `${label}; a table with the figures follows` });
+    part.body.append(canvas);
+    try {
+      part.charts.push(new uPlot({ width: width(part.body), ...options }, data, canvas));
+    } catch (e) {  // uPlot asks for a locale that the browser knows: some headless ones have none
+      canvas.replaceWith(make("p", `The chart cannot be drawn here (${e.message}); the table tells the same.`));
+    }
+  }
+  function overTime(part, d) {
     const names = [...new Set(d.history.flatMap((p) => Object.keys(p.figures)))];
-    if (!names.length) { box.append(make("p", "No step has been watched yet.")); return; }
-    if (!names.includes(chosen)) chosen = names[0];
-    const label = make("label", "Guardrail "), choose = make("select", null, { id: "metric" });
-    names.forEach((n) => { const o = make("option", n, { value: n }); if (n === chosen) o.selected = true; choose.append(o); });
-    choose.addEventListener("change", () => { chosen = choose.value; drawn = ""; show(doc); $("metric").focus(); });
-    label.append(choose); box.append(label);
+    choose.parentElement.hidden = !names.length;
+    if (!names.length) { part.body.append(make("p", "No step has been watched yet.")); return; }
+    const chosen = names.includes(choose.value) ? choose.value : names[0];
+    if ([...choose.options].map((o) => o.value).join("\n") !== names.join("\n")) {
+      choose.replaceChildren(...names.map((n) => make("option", n, { value: n })));
+      choose.value = chosen;
+    }
     const points = d.history.filter((p) => p.figures[chosen]);
     const x = points.map((p) => p.at_s), get = (arm, i) => points.map((p) => { const f = p.figures[chosen][arm]; return f ? f[i] : null; });
     const data = [x, ...["baseline", "candidate"].flatMap((a) => [get(a, 0), get(a, 1), get(a, 2)]), points.map((p) => p.figures[chosen].allowed)];
     const line = (label, color, more) => ({ label, stroke: color, width: 2, spanGaps: true, ...more });
     const base = css("--base"), cand = css("--cand"), thin = { width: 1, dash: [3, 3], points: { show: false } };
-    if (points.length < 2) { box.append(make("p", "Lines begin with the second point, half a minute after the first.")); return; }
-    const canvas = make("div", null, { class: "chart", role: "img", "aria-label": `${chosen} over time; the table of guardrails tells the last values` });
-    box.append(canvas);
-    charts.push(new uPlot({
-      width: width(box), height: 240, scales: { x: { time: true } },
+    if (points.length < 2) { part.body.append(make("p", "Lines begin with the second point, half a minute after the first.")); return; }
+    draw(part, `${chosen} over time`, {
+      height: 240, scales: { x: { time: true } },
       axes: [axis(""), axis(chosen)],
       bands: [{ series: [3, 2], fill: base + "22" }, { series: [6, 5], fill: cand + "22" }],
       series: [{}, line("baseline", base), line("low", base, thin), line("high", base, thin), line("candidate", cand), line("low", cand, thin), line("high", cand, thin), line("allowed", css("--bad"), { dash: [8, 4], width: 1 })],
-    }, data, canvas));
+    }, data);
+    const rows = points.slice(-TOLD_POINTS).reverse().map((p) => {
+      const f = p.figures[chosen];
+      return [when(p.at_s), `${p.weight} %`, range(f.baseline), range(f.candidate), f.allowed === null ? "" : number(f.allowed)];
+    });
+    part.body.append(folded(`Figures of ${chosen} over time`, [["When", "Traffic", "Baseline (interval)", "Candidate (interval)", "Allowed"], ...rows]));
   }
-  function distributions(box, d) {
+  function distributions(part, d) {
     const found = Object.entries(d.distributions).filter(([, v]) => v.edges.length > 1);
-    if (!found.length) box.append(make("p", "No request was counted at this step yet."));
+    if (!found.length) part.body.append(make("p", "No request was counted at this step yet."));
     found.forEach(([name, v]) => {
       const middle = v.edges.slice(1).map((e, i) => Math.sqrt(Math.max(v.edges[i], e / 10) * e));
       const share = (counts) => { const n = counts.reduce((a, b) => a + b, 0); return counts.map((c) => (n ? (100 * c) / n : 0)); };
-      const canvas = make("div", null, { class: "chart", role: "img", "aria-label": `distribution of ${name} in both arms` });
-      box.append(make("h3", `${name} (${v.unit})`), canvas);
-      charts.push(new uPlot({
-        width: width(box), height: 200, scales: { x: { time: false, distr: 3 } },
+      part.body.append(make("h3", `${name} (${v.unit})`));
+      draw(part, `distribution of ${name} in both arms`, {
+        height: 200, scales: { x: { time: false, distr: 3 } },
         axes: [axis(v.unit), axis("% of requests")],
-        series: [{ label: v.unit }, { label: "baseline", stroke: css("--base"), width: 2, paths: uPlot.paths.stepped({ align: 0 }) }, { label: "candidate", stroke: css("--cand"), width: 2, paths: uPlot.paths.stepped({ align: 0 }) }],
-      }, [middle, share(v.baseline), share(v.candidate)], canvas));
+        series: [{ label: v.unit }, { label: "baseline", stroke: css("--base"), width: 2, paths: window.uPlot && uPlot.paths.stepped({ align: 0 }) }, { label: "candidate", stroke: css("--cand"), width: 2, paths: window.uPlot && uPlot.paths.stepped({ align: 0 }) }],
+      }, [middle, share(v.baseline), share(v.candidate)]);
+      const rows = v.baseline.map((count, i) => [`${number(v.edges[i])} to ${number(v.edges[i + 1])}`, count, v.candidate[i]]);
+      part.body.append(folded(`Figures of the distribution of ${name}`, [[name + (v.unit ? ` (${v.unit})` : ""), "Baseline, requests", "Candidate, requests"], ...rows]));
     });
   }
 
   // --- putting it together ---------------------------------------------------------------------
 
+  // Of each part: its title, what it depends on, and what fills it. Parts stay in the page and only
+  // their bodies are drawn anew, and only when that changed: readers keep their place.
+  const PARTS = [
+    ["Steps", (d) => [d.plan, d.progress, d.lacks, d.trouble, d.leads], (part, d) => part.body.append(ladder(d), waits(d))],
+    ["Arms", (d) => d.arms, (part, d) => part.body.append(arms(d))],
+    ["Guardrails", (d) => [d.guardrails, d.counted], (part, d) => part.body.append(
+      make("p", `Counted: ${d.counted.baseline} of the baseline, ${d.counted.candidate} of the candidate. Intervals hold at every look.`, { class: "note" }), guardrails(d))],
+    ["Evidence over time", (d) => [d.history, choose.value], overTime],
+    ["Distributions", (d) => d.distributions, distributions],
+    ["Do both say the same?", (d) => d.parity, (part, d) => part.body.append(parity(d))],
+    ["Copies", (d) => d.shadow, (part, d) => part.body.append(shadow(d))],
+    ["Decisions", (d) => d.decisions, (part, d) => part.body.append(log(d))],
+  ];
+
+  function build() {
+    $("main").replaceChildren();  // a report has its tables for readers without JavaScript there
+    for (const [title] of PARTS) {
+      const s = make("section"), body = make("div");
+      s.append(make("h2", title));
+      if (title === "Evidence over time") {
+        const label = make("label", "Guardrail ");
+        choose.id = "metric";
+        choose.addEventListener("change", () => show(doc));
+        label.append(choose); s.append(label);
+      }
+      s.append(body); $("main").append(s);
+      parts.set(title, { body, charts: [], drawn: null });
+    }
+  }
+  function place(body) {
+    const found = [...body.querySelectorAll(".scroll, summary")], name = (e) => e.getAttribute("aria-label") || e.textContent;
+    return new Map(found.map((e) => [e.tagName + name(e), e]));
+  }
+  function fill(part, key, render, d) {
+    const before = place(part.body);
+    part.charts.forEach((c) => c.destroy()); part.charts = [];
+    const held = [...before].map(([name, e]) => [name, e.scrollLeft, e === document.activeElement]);
+    const tall = part.body.offsetHeight;
+    part.body.style.minHeight = `${tall}px`;  // the page must not jump while it is empty
+    part.body.replaceChildren();
+    render(part, d);
+    part.body.style.minHeight = "";
+    const after = place(part.body);
+    for (const [name, left, focused] of held) {
+      const e = after.get(name);
+      if (!e) continue;
+      e.scrollLeft = left;
+      if (focused) e.focus({ preventScroll: true });
+    }
+    part.drawn = key();
+  }
   function show(d) {
-    const key = JSON.stringify({ ...d, now_s: 0 }) + chosen;
+    if (!parts.size) build();
     $("title").textContent = `Canary ${d.canary}: ${d.candidate}`;
-    const state = `${d.progress.phase.replace("_", " ")}, ${d.progress.weight} % to the candidate`;
+    const here = d.weight_here === d.progress.weight ? "" : `; this gateway gives it ${d.weight_here} %`;
+    const state = `${d.progress.phase.replace("_", " ")}, ${d.progress.weight} % to the candidate${here}`;
     if ($("state").textContent !== state) $("state").textContent = state;
     buttons(d);
-    if (key === drawn) return;
-    drawn = key;
-    const focus = document.activeElement && document.activeElement.id;
-    const main = $("main"), x = window.scrollX, y = window.scrollY;
-    charts.forEach((c) => c.destroy()); charts = [];
-    const time = make("div"), spread = make("div");
-    main.replaceChildren(
-      section("Steps", ladder(d), waits(d)), section("Arms", arms(d)),
-      section("Guardrails", make("p", `Counted: ${d.counted.baseline} of the baseline, ${d.counted.candidate} of the candidate. Intervals hold at every look.`, { class: "note" }), guardrails(d)),
-      section("Evidence over time", time), section("Distributions", spread),
-      section("Do both say the same?", parity(d)), section("Copies", shadow(d)), section("Decisions", log(d)));
-    if (window.uPlot) { overTime(time, d); distributions(spread, d); }
-    else [time, spread].forEach((e) => e.append(make("p", "The charts could not be loaded; the tables tell the same.")));
-    if (focus === "metric" && $("metric")) $("metric").focus();
-    window.scrollTo(x, y);
+    for (const [title, depends, render] of PARTS) {
+      const part = parts.get(title), key = () => JSON.stringify(depends(d));
+      if (part.drawn !== key()) fill(part, key, render, d);
+    }
+  }
+  function again() {
+    parts.forEach((part) => { if (part.charts.length) part.drawn = null; });
+    if (doc) show(doc);
   }
   function buttons(d) {
     const box = $("buttons");
@@ -208,7 +275,7 @@
     $("confirm").disabled = true;
     try {
       const [status, found] = await call("POST", body);
-      if (status === 200) { fresh(found); $("dialog").close(); }
+      if (status === 200) { fresh(found, ++asked); $("dialog").close(); }
       else $("dialog-error").textContent = found.error ? found.error.message : `the gateway answered ${status}`;
     } catch (e) {
       $("dialog-error").textContent = `no answer: ${e.message}`;
@@ -222,9 +289,13 @@
   async function call(method, body) {
     const headers = token ? { Authorization: `Bearer ${token}` } : {};
     const a = await fetch("/internal/canary", { method, body, headers, cache: "no-store", signal: AbortSignal.timeout(ANSWER_MS) });
-    return [a.status, await a.json()];
+    const text = await a.text();
+    try { return [a.status, JSON.parse(text)]; } catch (e) { if (a.ok) throw e; return [a.status, {}]; }
   }
-  function fresh(found) {
+  // An answer to what was asked before a newer one was answered is old: it is not shown.
+  function fresh(found, number) {
+    if (number < shown) return;
+    shown = number;
     doc = found; seenMs = performance.now(); wait = POLL_MS;
     try { show(doc); stale(""); } catch (e) { console.error(e); stale(`This page failed: ${e.message}`); }
   }
@@ -232,33 +303,50 @@
     $("stale").hidden = !why;
     if ($("stale").textContent !== why) $("stale").textContent = why;
   }
+  const old = () => (doc ? `; what stands here is of ${when(doc.now_s)} and may be old.` : ".");
   async function poll() {
+    const number = ++asked;
+    timer = 0;
     try {
       const [status, found] = await call("GET");
-      if (status === 200) fresh(found);
+      if (status === 200) fresh(found, number);
       else {
         wait = Math.min(MOST_MS, wait * 2);
-        stale(status === 401 || status === 403 ? "This link may not see the canary, or has ended: `disagg canary page POLICY` prints a new one." : `The gateway answered ${status}; what stands here may be old.`);
+        stale(status === 401 || status === 403 ? "This link may not see the canary, or has ended: `disagg canary page POLICY` prints a new one." : `The gateway answered ${status}${old()}`);
       }
     } catch (e) {
       wait = Math.min(MOST_MS, wait * 2);
-      const age = doc ? Math.round((performance.now() - seenMs) / 1000) : null;
-      stale(`The gateway does not answer (${e.message})` + (age === null ? "." : `; what stands here is ${age} s old.`));
+      stale(`The gateway does not answer (${e.message})${old()}`);
     }
-    setTimeout(poll, wait);
+    timer = setTimeout(poll, wait);
+  }
+  function takeToken() {
+    const given = new URLSearchParams(location.hash.slice(1)).get("token");
+    if (!given) return false;
+    token = given;
+    try { sessionStorage.setItem("disagg-canary", given); } catch (e) { /* private windows */ }
+    history.replaceState(null, "", location.pathname);
+    return true;
   }
   function begin() {
+    let resized = 0, wide = window.innerWidth;
+    window.addEventListener("resize", () => {
+      if (window.innerWidth === wide) return;  // a phone's bars come and go while it scrolls
+      wide = window.innerWidth; clearTimeout(resized); resized = setTimeout(again, 200);
+    });
+    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
     if (embedded) { doc = JSON.parse(embedded.textContent); show(doc); return; }
-    const given = new URLSearchParams(location.hash.slice(1)).get("token");
-    if (given) {
-      try { sessionStorage.setItem("disagg-canary", given); } catch (e) { /* private windows */ }
-      history.replaceState(null, "", location.pathname);
-    }
-    try { token = given || sessionStorage.getItem("disagg-canary"); } catch (e) { token = given; }
+    if (!takeToken()) try { token = sessionStorage.getItem("disagg-canary"); } catch (e) { /* private windows */ }
+    // a new link in the same tab loads nothing anew
+    window.addEventListener("hashchange", () => {
+      if (!takeToken() || !timer) return;
+      clearTimeout(timer); timer = 0; wait = POLL_MS; poll();
+    });
+    setInterval(() => {
+      if (doc && $("stale").hidden && performance.now() - seenMs > 1000 * STALE_S) stale(`The gateway is slow to answer${old()}`);
+    }, 1000);
     $("form").addEventListener("submit", send);
     $("cancel").addEventListener("click", () => $("dialog").close());
-    let resized = 0;
-    window.addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(() => { drawn = ""; if (doc) show(doc); }, 200); });
     poll();
   }
   begin();
