@@ -146,7 +146,7 @@ test-quick: lint ## Run lint and every test that needs no engine (under two minu
 	$(DEV)/bin/python -m pytest -q -n $(JOBS) -m "not engine and not browser"
 
 # What an editable install hides: files that the wheel lacks, entry points, console script.
-WHEEL_TESTS := tests/cli tests/adapters tests/connectors/test_contract.py tests/test_plugins.py
+WHEEL_TESTS := tests/canary/test_page_files.py tests/cli tests/adapters tests/connectors/test_contract.py tests/test_plugins.py
 
 test-wheel: $(UV_READY) | python ## Build the wheel from the sdist, install it alone, and run tests on what was installed.
 	rm -rf $(VENVS)/wheel && mkdir -p $(VENVS)/wheel
