@@ -10,7 +10,7 @@ from tests.gateway.harness import LONG, SHORT, Stack
 
 Build = Callable[..., Stack]
 
-SLOWLY = {"d0": Behaviour(chunk_s=0.01)}
+SLOWLY = {"d0": Behaviour(chunk_s=0.05)}
 
 
 def phases(record: dict[str, object]) -> set[str]:
