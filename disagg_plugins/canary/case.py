@@ -1,7 +1,8 @@
 """All the evidence of one step: what the guardrails count, and what pairs of answers show (pure).
 
 Parity takes part as one more guardrail: of n guardrails and parity, each has its share of the level
-(union bound). It condemns, and never keeps a step waiting: a proof that two arms say the same needs
+(union bound). It condemns. A step waits until enough pairs were looked at for damage that shows in
+most answers to have condemned; it does not wait for a proof that two arms say the same, which needs
 far more pairs than a step has copies.
 """
 
@@ -121,7 +122,10 @@ class Case:
         """Return what to do; takes some milliseconds, so not for each request."""
         if self.parity is not None and self.parity.decide() == "worse":
             return "rollback"
-        return self.guardrails.decide()
+        action = self.guardrails.decide()
+        if action == "promote" and self.parity is not None and self.parity.unseen():
+            return "wait"
+        return action
 
     def judge(self) -> tuple[Judgement, ParityJudgement | None]:
         """Return the same with all the numbers; takes tenths of a second, so for people."""
@@ -134,6 +138,9 @@ class Case:
             if judgement.action == "rollback":
                 reasons = (*judgement.reasons, *parity.reasons)
             judgement = replace(judgement, action="rollback", reasons=tuple(reasons))
+        elif judgement.action != "rollback" and (unseen := self.parity.unseen()):
+            told = judgement.reasons if judgement.action == "wait" else ()
+            judgement = replace(judgement, action="wait", reasons=(*told, *unseen))
         return judgement, parity
 
     def as_dict(self) -> dict[str, object]:

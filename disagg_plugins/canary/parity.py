@@ -250,6 +250,28 @@ class Parity:
             return "ok"
         return "open"
 
+    def unseen(self) -> tuple[str, ...]:
+        """Return, in words, what has hardly been looked at: buckets without ``min_pairs``.
+
+        Only those that have a fair share of the pairs; where there is no pair at all, all of them.
+        """
+        least = self.allowed.min_pairs
+        counting = [i for i in self._range() if self._counts(i)]
+        if not counting:
+            return (
+                f"no two answers were compared yet ({least} pairs of each kind are needed): copies "
+                "of greedy requests are, see canary.shadow",
+            )
+        found = []
+        for i in counting:
+            ours, theirs = (b.shares[DIFFERENT].count for b in self._row(i))
+            if min(ours, theirs) < least:
+                found.append(
+                    f"parity, {self._names[i]}: {theirs} pairs with the candidate and {ours} of "
+                    f"the baseline with itself, of {least} needed"
+                )
+        return tuple(found)
+
     def judge(self) -> ParityJudgement:
         """Return the same with all the numbers, for people."""
         findings = tuple(self._findings())

@@ -258,12 +258,15 @@ class ParityPolicy(Section):
         description="Where the next bucket of prompts begins; each is judged by itself.",
     )
     min_pairs: int = Field(
-        default=30, ge=1, description="Pairs of each kind in a bucket before it is judged."
+        default=30,
+        ge=1,
+        description="Pairs of each kind in a bucket before it is judged; a step waits for them in "
+        "the buckets with a fair share.",
     )
     fair_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.05,
-        description="Buckets with so much of the pairs must be alike for the verdict ok, which is "
-        "told and which no step waits for.",
+        description="Buckets with so much of the pairs count: a step waits until they were looked "
+        "at, not for the verdict ok.",
     )
 
     @field_validator("prompt_tokens")

@@ -44,10 +44,32 @@ def test_answers_that_differ_condemn_whatever_the_guardrails_say() -> None:
     assert "parity" in judgement.reasons[0]
 
 
-def test_a_step_does_not_wait_for_parity() -> None:
-    case = outcomes(judged(2, SAME), 200)
+def test_a_step_waits_until_answers_were_compared() -> None:
+    case = outcomes(TERMS.empty(), 200)
+    assert case.decide() == "wait"
+    assert "no two answers were compared yet" in case.judge()[0].reasons[0]
+    judged(4, SAME, case)
+    assert case.decide() == "wait"
+    judgement, _ = case.judge()
+    assert judgement.action == "wait"
+    assert "4 pairs with the candidate" in judgement.reasons[0]
+
+
+def test_a_step_does_not_wait_for_a_proof_that_answers_are_alike() -> None:
+    case = outcomes(judged(5, SAME), 200)
     assert case.judge()[1].answer == "open"
-    assert case.decide() == "promote"
+    assert case.judge()[0].action == case.decide() == "promote"
+
+
+def test_damage_in_every_answer_condemns_as_soon_as_a_step_could_go_on() -> None:
+    policy = ParityPolicy()
+    terms = Terms(GUARDRAILS, 0.01, policy.allowed())
+    case = terms.empty()
+    for _ in range(policy.min_pairs):
+        case.observe(Compared("baseline", 100, SAME))
+        case.observe(Compared("candidate", 100, OTHER))
+    assert not case.parity.unseen()
+    assert case.decide() == "rollback"
 
 
 def test_guardrails_and_parity_share_one_level() -> None:
@@ -75,4 +97,5 @@ def test_copies_without_an_answer_are_told_and_condemn_nobody() -> None:
     for _ in range(50):
         case.observe(Compared("candidate", 100, None))
     assert case.judge()[1].lost["candidate"] == 50
+    judged(5, SAME, case)
     assert case.decide() == "promote"
