@@ -20,9 +20,18 @@ def corpus() -> str:
     return "\n\n".join(path.read_text() for path in files if path.is_file())
 
 
-def prompts(lengths_tokens: list[int], *, seed: int) -> Iterator[str]:
-    """Yield one prompt of about each length, each from its own place of the text."""
-    text, source = corpus(), random.Random(seed)
+def fixed_corpus() -> str:
+    """Return a text that never changes: the sources of gguf 0.19.0, which `make model` brings.
+
+    For what depends on the very prompts: the project's own files change with every commit.
+    """
+    files = sorted((ROOT / ".models" / "source" / "gguf").rglob("*.py"))
+    return "\n\n".join(path.read_text() for path in files)
+
+
+def prompts(lengths_tokens: list[int], *, seed: int, text: str | None = None) -> Iterator[str]:
+    """Yield one prompt of about each length, each from its own place of ``text``, or the corpus."""
+    text, source = text or corpus(), random.Random(seed)
     for tokens in lengths_tokens:
         chars = int(tokens * CHARS_PER_TOKEN)
         start = source.randrange(len(text) - chars)

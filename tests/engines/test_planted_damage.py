@@ -13,7 +13,7 @@ from disagg_plugins.canary.answer import Answer, Difference, compare
 from disagg_plugins.canary.metrics import ARMS
 from disagg_plugins.canary.parity import Parity
 from disagg_plugins.canary.policy import ParityPolicy
-from tests.corpus import prompts
+from tests.corpus import fixed_corpus, prompts
 from tests.engines.planted import DAMAGES, Decoder
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -63,8 +63,11 @@ def measured() -> Measured:
     if not MODEL.is_dir():
         pytest.skip(f"there is no {MODEL}: make model")
     decoder = Decoder(MODEL, LAYER, HEAD, OUTPUT_TOKENS)
+    text = fixed_corpus()
     found = {
-        tokens: list(decoder.answers(list(prompts([tokens * 3 // 2] * count, seed=3)), tokens, 1))
+        tokens: list(
+            decoder.answers(list(prompts([tokens * 3 // 2] * count, seed=3, text=text)), tokens, 1)
+        )
         for tokens, count in ((LONG, 24), (SHORT, 16))
     }
     for tokens, answers in found.items():
