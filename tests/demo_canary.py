@@ -80,7 +80,7 @@ CANARY: dict[str, Any] = {
         },
     ],
     "shadow": {
-        "share": 0.3,
+        "share": 0.6,
         "control": 0.5,
         "max_in_flight": 4,
         "max_per_s": 4.0,
