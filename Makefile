@@ -142,7 +142,7 @@ lint: $(DEV)/.ready ## Check style, import rules and types.
 	PYTHONPATH=.:adapters:connectors $(DEV)/bin/lint-imports
 	$(DEV)/bin/mypy
 
-test-quick: lint ## Run lint and every test that needs no engine (under two minutes).
+test-quick: lint ## Run lint and every test that needs no engine (under three minutes).
 	$(DEV)/bin/python -m pytest -q -n $(JOBS) -m "not engine and not browser"
 
 # What an editable install hides: files that the wheel lacks, entry points, console script.

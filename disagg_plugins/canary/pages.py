@@ -56,10 +56,7 @@ JSON_LINES = b"content-type: application/json\r\ncache-control: no-store\r\n"
 class Later:
     """Waits for an answer that a thread makes; the client may go meanwhile."""
 
-    __slots__ = ("task",)
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[None] | None = None
+    __slots__ = ()
 
     def client_gone(self) -> None:
         """The client closed its connection: what was begun is finished, and told to nobody."""
@@ -152,9 +149,8 @@ def _answer_later(
     *,
     may_act: bool,
 ) -> None:
-    waiting = Later()
-    reply = client.answering(waiting)
-    waiting.task = front.spawn(_answer(front, reply, do, by, why, may_act=may_act))
+    reply = client.answering(Later())
+    front.spawn(_answer(front, reply, do, by, why, may_act=may_act))
 
 
 async def _answer(

@@ -1,9 +1,11 @@
-"""Stores for the tests of the canary's memory."""
+"""Stores for the tests of the canary's memory, and two arms behind a gateway."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from disagg_plugins.canary.postgres_store import PostgresStore
 from disagg_plugins.canary.sqlite_store import SqliteStore
 from tests.canary.postgres_server import postgres_server, server_binaries
+from tests.canary.side_by_side import SideBySide, build_side_by_side
+from tests.gateway.harness import SECRET
 
 NUMBERS = itertools.count()
 
@@ -62,3 +66,11 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> 
     yield make
     for store in opened:
         store.close()
+
+
+@pytest.fixture
+def arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SideBySide]]:
+    """Return what builds two arms; ``side_by_side`` says how."""
+    monkeypatch.setenv("DISAGG_SECRET", SECRET.decode())
+    with ExitStack() as stack:
+        yield partial(build_side_by_side, stack, tmp_path)

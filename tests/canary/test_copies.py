@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
-
-import pytest
 
 from disagg_plugins.testing.fake_engine import Behaviour
-from tests.canary.side_by_side import build_side_by_side
-from tests.gateway.harness import SECRET, eventually
+from tests.gateway.harness import eventually
 
 SHADOW = {"share": 1.0, "control": 0.0, "max_per_s": 1000, "timeout_s": 5}
-
-
-@pytest.fixture
-def arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DISAGG_SECRET", SECRET.decode())
-    with ExitStack() as stack:
-        yield partial(build_side_by_side, stack, tmp_path)
 
 
 def shadowed(arms, **more):

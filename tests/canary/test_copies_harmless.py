@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_plugins.canary.answer import compare
 from disagg_plugins.canary.answer_reader import AnswerReader
-from tests.canary.side_by_side import build_side_by_side
-from tests.gateway.harness import SECRET, eventually
+from tests.gateway.harness import eventually
 
 SHADOW = {"share": 1.0, "control": 0.0, "max_per_s": 1000, "timeout_s": 5}
-
-
-@pytest.fixture
-def arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DISAGG_SECRET", SECRET.decode())
-    with ExitStack() as stack:
-        yield partial(build_side_by_side, stack, tmp_path)
 
 
 def shadowed(arms, **more):

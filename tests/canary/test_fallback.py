@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
-
-import pytest
 
 from disagg_plugins.canary.arm_client import ArmClient
 from disagg_plugins.testing.fake_engine import Behaviour
-from tests.canary.side_by_side import build_side_by_side
-from tests.gateway.harness import LONG, SECRET, eventually
+from tests.gateway.harness import LONG, eventually
 
 ALWAYS = {"steps": [100], "bake_s": 3600}
-
-
-@pytest.fixture
-def arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DISAGG_SECRET", SECRET.decode())
-    with ExitStack() as stack:
-        yield partial(build_side_by_side, stack, tmp_path)
 
 
 def at_the_candidate(arms, **more):

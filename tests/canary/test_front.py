@@ -5,23 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
 
 import pytest
 
 from disagg_plugins.canary.override import MintedBy, mint_override
 from disagg_plugins.testing.fake_engine import Behaviour
-from tests.canary.side_by_side import SideBySide, build_side_by_side
+from tests.canary.side_by_side import SideBySide
 from tests.gateway.harness import SECRET, eventually
-
-
-@pytest.fixture
-def arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DISAGG_SECRET", SECRET.decode())
-    with ExitStack() as stack:
-        yield partial(build_side_by_side, stack, tmp_path)
 
 
 def ask(site, count=1, **more):

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
 
 from disagg_plugins.canary.keeper import View
 from disagg_plugins.canary.lookout import Lookout
 from disagg_plugins.canary.progress import Progress
 from disagg_plugins.testing.fake_engine import Behaviour
-from tests.canary.side_by_side import build_side_by_side
 from tests.gateway.harness import SECRET, eventually
 
 RUNNING = View(Progress(rollout=1, phase="running", step=0, weight=50), 50)
-
-
-@pytest.fixture
-def arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DISAGG_SECRET", SECRET.decode())
-    with ExitStack() as stack:
-        yield partial(build_side_by_side, stack, tmp_path)
 
 
 class PretendKeeper:

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from disagg_plugins.canary.page_token import Tokens
 from disagg_plugins.gateway.admin import signed_headers
-from tests.canary.side_by_side import build_side_by_side
 from tests.gateway.harness import SECRET
 
 PATH = "/internal/canary"
 START = json.dumps({"do": "start", "by": "ann", "why": "try it"}).encode()
-
-
-@pytest.fixture
-def arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DISAGG_SECRET", SECRET.decode())
-    with ExitStack() as stack:
-        yield partial(build_side_by_side, stack, tmp_path)
 
 
 def bearer(right: str, valid_s: float = 60.0, secret: bytes = SECRET) -> dict[str, str]:
