@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from disagg_plugins.canary.efficiency import cost_of
 from disagg_plugins.credentials import read_authorization
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.policy_file import read_policy
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from disagg_plugins.policy_file import LoadedPolicy
 
 KEY = "canary.candidate"
+
+GOODPUTS = frozenset({"goodput", "goodput_per_worker", "goodput_per_cost"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ def _check(baseline: LoadedPolicy, candidate: LoadedPolicy) -> None:
             key="scheduler.slo_classes",
             fix="give both policies the same classes: the other arm would refuse their requests",
         )
+    _check_goodput(baseline, candidate)
     if baseline.secret() != candidate.secret():
         raise ConfigError(
             "the arms have different secrets, and their workers report to one gateway",
@@ -121,3 +125,25 @@ def _check(baseline: LoadedPolicy, candidate: LoadedPolicy) -> None:
             key="telemetry.records",
             fix="name another one",
         )
+
+
+def _check_goodput(baseline: LoadedPolicy, candidate: LoadedPolicy) -> None:
+    """Refuse a guardrail on goodput for which no sample would ever come."""
+    canary = baseline.policy.canary
+    watched = {g.metric for g in canary.guardrails if g.metric in GOODPUTS} if canary else set()
+    if watched and not baseline.policy.scheduler.slo_classes:
+        raise ConfigError(
+            f"there is a guardrail on {', '.join(sorted(watched))} and no SLO class",
+            file=str(baseline.path),
+            key="canary.guardrails",
+            fix="declare scheduler.slo_classes, and name a default_slo_class or send the header",
+        )
+    if "goodput_per_cost" in watched:
+        for loaded in (baseline, candidate):
+            for worker in loaded.policy.fleet.workers:
+                try:
+                    cost_of(worker)
+                except ConfigError as exc:
+                    raise ConfigError(
+                        exc.problem, file=str(loaded.path), key=exc.key, fix=exc.fix
+                    ) from exc

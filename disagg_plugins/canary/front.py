@@ -18,6 +18,7 @@ from disagg_plugins.canary import pages
 from disagg_plugins.canary.arm_client import ArmClient
 from disagg_plugins.canary.assignment import Assigner, Subject, prefix_of
 from disagg_plugins.canary.copies import Copies
+from disagg_plugins.canary.efficiency import scales
 from disagg_plugins.canary.metrics import ARMS, Arm
 from disagg_plugins.canary.shadow import SHADOW_HEADER, Original, side_effects
 from disagg_plugins.canary.traffic import Arrived, Traffic
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from disagg_plugins.canary.assignment import Assignment, Match, Sticky
+    from disagg_plugins.canary.efficiency import Scale
     from disagg_plugins.canary.keeper import View
     from disagg_plugins.canary.lookout import Do, Lookout, Seen
     from disagg_plugins.canary.policy import CanaryPolicy
@@ -136,6 +138,7 @@ class Front:
         self._rules: tuple[Match, ...] = tuple(rule.match() for rule in canary.rules)
         self._sticky: Sticky = canary.sticky
         self._prefixes = canary.sticky == "prefix"
+        self._scales = self._scales_now()
         self._rollout = -1
         self._assigner: Assigner
         self._serving: tuple[Arm, ...] = ("baseline",)
@@ -233,7 +236,8 @@ class Front:
             now_s = time.monotonic()
             if name in self.traffic:  # a client's id, which another request of it has still
                 request.name = name = request_id(())
-            self.traffic.enter(name, Arrived(arm, now_s, stream, slo.ttft_s, slo.tpot_s))
+            arrived = Arrived(arm, now_s, stream, slo.ttft_s, slo.tpot_s, self._scales[arm])
+            self.traffic.enter(name, arrived)
             self._asked[client] = name
         if arm == "candidate":
             through: Client = client  # who asked for the candidate wants to hear how it fails
@@ -247,7 +251,9 @@ class Front:
 
     def _check_model(self, model: str | None) -> None:
         """Refuse a model that neither arm serves: its client's mistake, and no arm's failure."""
-        if model is not None and not any(g.fleet.knows_model(model) for g in self.arms.values()):
+        if model is None or self.baseline.fleet.knows_model(model):
+            return
+        if not self.candidate.fleet.knows_model(model):
             raise RequestError(404, "neither arm serves the model", code="model_not_found")
 
     def _subject(self, request: Request, name: str, body: Body) -> Subject:
@@ -345,11 +351,15 @@ class Front:
 
     def _seen(self) -> list[Seen]:
         """Return what was seen since the last look."""
+        self._scales = self._scales_now()  # workers join and leave
         epoch = self.traffic.epoch
         found: list[Seen] = [(epoch, o) for o in self.traffic.due(time.monotonic())]
         if self.copies is not None:
             found += self.copies.taken()
         return found
+
+    def _scales_now(self) -> Mapping[Arm, Scale]:
+        return scales({arm: gateway.fleet.workers for arm, gateway in self.arms.items()})
 
     def _looked(self, view: View) -> None:
         """Follow a view."""

@@ -63,7 +63,8 @@ class Outcome:
         kv_failed: Whether its handoff was lost; None: there was none, or the client left.
         lease_ended: Whether its KV was never fetched and freed by the lease; None as above.
         recomputed_share: Share of the prompt that the decode worker computed again; None as above.
-        cost: In a unit of the caller's choice; None: unknown.
+        per_worker: What ``efficiency`` says of its arm's workers; None: unknown.
+        per_cost: The same of their cost.
     """
 
     arm: Arm
@@ -80,7 +81,8 @@ class Outcome:
     kv_failed: bool | None = None
     lease_ended: bool | None = None
     recomputed_share: float | None = None
-    cost: float | None = None
+    per_worker: float | None = None
+    per_cost: float | None = None
 
     @property
     def failed(self) -> bool:
@@ -140,6 +142,11 @@ def _goodput(outcome: Outcome) -> float | None:
     return float(outcome.within_slo and not outcome.failed)
 
 
+def _scaled(outcome: Outcome, factor: float | None) -> float | None:
+    good = _goodput(outcome)
+    return None if good is None or factor is None else good * factor
+
+
 def _abandonment(outcome: Outcome) -> float | None:
     if outcome.ended == "rejected":
         return None
@@ -176,6 +183,16 @@ METRICS: Mapping[str, Metric] = {
             "requests that kept all bounds of their SLO class", _goodput,
         ),
         Metric(
+            "goodput_per_worker", "share", "", "higher",
+            "goodput, times the smaller fleet's workers over the arm's own",
+            lambda o: _scaled(o, o.per_worker),
+        ),
+        Metric(
+            "goodput_per_cost", "share", "", "higher",
+            "goodput, times the cheaper fleet's cost over the arm's own",
+            lambda o: _scaled(o, o.per_cost),
+        ),
+        Metric(
             "abandonment", "share", "", "lower",
             "requests whose client left before the first token", _abandonment,
         ),
@@ -200,7 +217,6 @@ METRICS: Mapping[str, Metric] = {
             "split_share", "share", "", None,
             "requests whose KV really travelled, of all", _split_share,
         ),
-        Metric("cost", "amount", "", "lower", "cost of a request", lambda o: o.cost),
     )
 }  # fmt: skip
 """Every metric, by its name. Those of handoffs have samples only where requests are split: set a
@@ -228,7 +244,8 @@ def outcome_of(
     arrival_s: float | None = None,
     ttft_slo_s: float | None = None,
     tpot_slo_s: float | None = None,
-    cost: float | None = None,
+    per_worker: float | None = None,
+    per_cost: float | None = None,
 ) -> Outcome:
     """Return what a settled record says (telemetry/ledger: the reports of its handoff are in).
 
@@ -238,7 +255,8 @@ def outcome_of(
         arrival_s: When it arrived, on the caller's clock; None: as the record has it.
         ttft_slo_s: The bound of its SLO class, or None.
         tpot_slo_s: The bound of its SLO class, or None.
-        cost: See ``Outcome``.
+        per_worker: See ``Outcome``.
+        per_cost: See ``Outcome``.
     """
     ended = _ended(record)
     handoff = record.handoff
@@ -264,7 +282,8 @@ def outcome_of(
         kv_failed=record.split != "yes" if told else None,
         lease_ended=handoff.outcome == "expired" if told and handoff is not None else None,
         recomputed_share=recomputed,
-        cost=cost,
+        per_worker=per_worker,
+        per_cost=per_cost,
     )
 
 

@@ -29,6 +29,9 @@ PAGE_BYTES = 4096
 MOST_BYTES = 256 << 20
 """Of the file. A decision has some kB, so this is enough for tens of thousands."""
 
+RETRY_S = 0.01
+"""Between two tries to get a lock that SQLite itself does not wait for."""
+
 APPEND_ONLY: tuple[LiteralString, ...] = (
     """CREATE TRIGGER disagg_canary_log_update BEFORE UPDATE ON disagg_canary_log
         BEGIN SELECT RAISE(ABORT, 'the log only grows'); END""",
@@ -123,7 +126,7 @@ class SqliteStore(SqlStore):
             self._path, timeout=self._busy_s, isolation_level=None, check_same_thread=False
         )
         self._open, self._inode = connection, self._inode_now()
-        connection.execute("PRAGMA journal_mode = WAL")
+        self._into_wal(connection)
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute(f"PRAGMA max_page_count = {self._most_pages}")
@@ -131,6 +134,20 @@ class SqliteStore(SqlStore):
         self.migrate(_executor(connection))
         connection.execute("COMMIT")
         return connection
+
+    def _into_wal(self, connection: sqlite3.Connection) -> None:
+        """Switch to WAL, which SQLite does not wait for as it does for other locks."""
+        until_s = time.monotonic() + self._busy_s
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as exc:
+                if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                if time.monotonic() >= until_s:
+                    raise
+            time.sleep(RETRY_S)
 
     def _inode_now(self) -> int | None:
         try:

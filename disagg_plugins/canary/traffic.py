@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from disagg_plugins.canary.cohort import Cohort
+from disagg_plugins.canary.efficiency import Scale
 from disagg_plugins.canary.metrics import OF_THE_SERVICE, Arm, Outcome, outcome_of
 from disagg_plugins.canary.progress import Epoch
 
 if TYPE_CHECKING:
     from disagg_plugins.telemetry.records import RequestRecord
+
+UNKNOWN = Scale()
 
 MOST_HELD = 100_000
 """Requests between arrival and count: 100 MB at most; more are not counted."""
@@ -28,6 +31,7 @@ class Arrived:
     Attributes:
         ttft_slo_s: The bound of its SLO class, or None.
         tpot_slo_s: The bound of its SLO class, or None.
+        scale: Of its arm's goodput.
     """
 
     arm: Arm
@@ -35,6 +39,7 @@ class Arrived:
     stream: bool
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
+    scale: Scale = UNKNOWN
 
 
 class Traffic:
@@ -85,6 +90,8 @@ class Traffic:
             "overdue",
             stream=arrived.stream,
             within_slo=False if slo else None,
+            per_worker=arrived.scale.per_worker,
+            per_cost=arrived.scale.per_cost,
         )
         if self._cohort.enter(name, unfinished):
             self._open[name] = arrived
@@ -106,6 +113,8 @@ class Traffic:
             arrival_s=arrived.arrival_s,
             ttft_slo_s=arrived.ttft_slo_s,
             tpot_slo_s=arrived.tpot_slo_s,
+            per_worker=arrived.scale.per_worker,
+            per_cost=arrived.scale.per_cost,
         )
         self._end(record.request_id, outcome)
 
@@ -124,6 +133,8 @@ class Traffic:
             e2e_s=now_s - arrived.arrival_s,
             stream=arrived.stream,
             within_slo=within,
+            per_worker=arrived.scale.per_worker,
+            per_cost=arrived.scale.per_cost,
         )
         self._end(name, outcome)
 

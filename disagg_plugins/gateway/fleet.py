@@ -396,8 +396,13 @@ class FleetState:
         """Return whether some healthy worker serves ``name`` (or nothing is known yet)."""
         if name == self._model:
             return True
-        known = [s.models for s in self.states.values() if s.models and s.healthy]
-        return not known or any(name in models for models in known)
+        unknown = True
+        for state in self.states.values():
+            if state.models and state.healthy:
+                if name in state.models:
+                    return True
+                unknown = False
+        return unknown
 
     def served_models(self) -> list[str]:
         """Return the models of the healthy workers, in file order, each once."""

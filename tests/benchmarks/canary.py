@@ -4,7 +4,7 @@ Three gateways stand before the same kind of fast fake workers: one without a ca
 canary at half of the traffic, one that copies a twentieth of the requests besides. Rounds alternate
 between them; only the gateway's own CPU time (user and system) counts; medians are told. Requests
 are split and streamed, of 64 tokens; ``short`` are those of two tokens, where what a request costs
-weighs most. The last line is one JSON object. Takes about a minute and a half.
+weighs most. The last line is one JSON object. Takes about three minutes.
 
     .venvs/dev/bin/python tests/benchmarks/canary.py [--rounds 5]
 """
@@ -31,8 +31,8 @@ from gateway import Proxy, free_port, load, payload, say, start, wait_ready
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "0123456789abcdef0123456789abcdef"
-SHAPES = {"request": (64, 1_000), "short": (2, 2_000)}
-"""Tokens of an answer, and requests a round."""
+SHAPES = {"request": (64, 2_000), "short": (2, 4_000)}
+"""Tokens of an answer, and requests a round: CPU time is told in steps of 10 ms."""
 
 SHADOW = {"share": 0.05, "control": 0.5, "max_per_s": 1_000.0, "max_in_flight": 100}
 

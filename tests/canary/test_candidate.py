@@ -74,3 +74,27 @@ def test_another_candidate_is_another_plan(read) -> None:
 def test_what_does_not_go_together_is_told(read, candidate, baseline, problem) -> None:
     with pytest.raises(ConfigError, match=problem):
         read(candidate, **baseline)
+
+
+CLASSES = {"slo_classes": {"chat": {"ttft_s": 1.0}}}
+
+
+def with_guardrail(metric: str, **scheduler: object) -> dict[str, object]:
+    canary = {**BASELINE["canary"], "guardrails": [{"metric": metric, "ratio": 0.9}]}
+    return {"canary": canary, "scheduler": scheduler}
+
+
+def test_a_guardrail_on_goodput_needs_an_slo_class(read) -> None:
+    with pytest.raises(ConfigError, match="goodput_per_worker and no SLO class"):
+        read(CANDIDATE, **with_guardrail("goodput_per_worker"))
+    told = {**CANDIDATE, "scheduler": CLASSES}
+    assert read(told, **with_guardrail("goodput_per_worker", **CLASSES)) is not None
+
+
+@pytest.mark.parametrize("cost", [None, "cheap", "0", "-1", "nan", "inf"])
+def test_goodput_per_cost_needs_the_cost_of_every_worker(read, cost: str | None) -> None:
+    fleet = {"workers": [{**worker("today", 9001), "labels": {"cost": "2.5"}}]}
+    labels = {} if cost is None else {"labels": {"cost": cost}}
+    told = {"fleet": {"workers": [{**worker("split", 9002), **labels}]}, "scheduler": CLASSES}
+    with pytest.raises(ConfigError, match=r"worker 'split' has the label cost.*what it costs an"):
+        read(told, **with_guardrail("goodput_per_cost", **CLASSES), fleet=fleet)

@@ -39,7 +39,8 @@ def test_a_good_request_counts_in_every_metric_that_it_has():
     assert found == {
         "error_rate": 0.0, "ttft": 0.2, "tpot": 0.03, "e2e": 2.0, "goodput": None,
         "abandonment": 0.0, "rejection_rate": 0.0, "kv_failures": None, "lease_ends": None,
-        "recompute_share": None, "split_share": 0.0, "cost": None,
+        "recompute_share": None, "split_share": 0.0, "goodput_per_worker": None,
+        "goodput_per_cost": None,
     }  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def test_a_handoff_that_the_client_cut_short_tells_nothing(ended):
 
 
 def test_an_unknown_metric_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'ttfb'.*known: abandonment, cost, .*tpot, ttft"):
+    with pytest.raises(ConfigError, match=r"'ttfb'.*known: abandonment, e2e, .*tpot, ttft"):
         metric_named("ttfb")
 
 
@@ -159,3 +160,21 @@ def test_every_metric_says_what_it_means():
         assert metric.name == name
         assert metric.meaning
         assert metric.unit == ("s" if name in ("ttft", "tpot", "e2e") else "")
+
+
+def test_goodput_per_worker_is_goodput_times_the_scale_of_its_fleet():
+    told = {"per_worker": 0.5, "per_cost": 0.25, "ttft_slo_s": 1.0}
+    good = outcome_of(record(), "candidate", **told)
+    late = outcome_of(record(), "candidate", **{**told, "ttft_slo_s": 0.1})
+    assert METRICS["goodput_per_worker"].of(good) == 0.5
+    assert METRICS["goodput_per_cost"].of(good) == 0.25
+    assert METRICS["goodput_per_worker"].of(late) == 0.0
+
+
+def test_without_a_scale_or_an_slo_a_request_is_no_sample_of_goodput_per_worker():
+    assert (
+        METRICS["goodput_per_worker"].of(outcome_of(record(), "candidate", ttft_slo_s=1.0)) is None
+    )
+    assert (
+        METRICS["goodput_per_worker"].of(outcome_of(record(), "candidate", per_worker=1.0)) is None
+    )

@@ -187,8 +187,3 @@ shadow: {share: 0.1, headers: [X-Team], parity: {prompt_tokens: [1024]}}"""
         "prompts below 1024 tokens",
         "prompts of 1024 and more tokens",
     )
-
-
-def test_a_metric_without_a_source_is_refused(read):
-    with pytest.raises(ConfigError, match="does not know what a request costs"):
-        read("guardrails: [{metric: cost, quantile: 0.5}]")

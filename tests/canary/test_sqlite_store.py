@@ -142,6 +142,31 @@ def test_a_locked_file_is_an_error_after_the_bound_and_works_again_later(store, 
     assert store.load().revision == 1
 
 
+def test_a_first_use_waits_for_another_process_that_has_the_new_file_locked(path):
+    path.touch(0o600)
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")  # so it cannot be switched to WAL yet
+    store = SqliteStore(path, busy_s=10.0)
+    tried = threading.Event()
+    into_wal = store._into_wal
+
+    def watched(connection):
+        tried.set()
+        into_wal(connection)
+
+    store._into_wal = watched
+    found = []
+    thread = threading.Thread(target=lambda: found.append(store.lead("a", 10.0)))
+    thread.start()
+    assert tried.wait(10.0)
+    other.execute("COMMIT")
+    other.close()
+    thread.join(10.0)
+    store.close()
+    assert found
+    assert found[0] is not None
+
+
 def test_a_thread_that_keeps_it_is_an_error_for_others_after_the_bound(store):
     begin(store)
     inside, done = threading.Event(), threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from disagg_plugins.canary.efficiency import Scale
 from disagg_plugins.canary.progress import Epoch
 from disagg_plugins.canary.traffic import Arrived, Traffic
 from disagg_plugins.telemetry.records import RequestRecord
@@ -82,3 +83,17 @@ def test_the_bounds_of_its_slo_class_decide_on_goodput(traffic: Traffic) -> None
     for name in ("kept", "missed"):
         traffic.settled(record(name), "candidate")
     assert [o.within_slo for o in traffic.due(1.0)] == [True, False]
+
+
+@pytest.mark.parametrize("end", ["settled", "refused", "overdue"])
+def test_every_outcome_that_is_known_carries_the_scale_of_its_fleet(
+    traffic: Traffic, end: str
+) -> None:
+    scale = Scale(0.5, 0.25)
+    traffic.enter("a", Arrived("candidate", 0.0, True, 1.0, None, scale))
+    if end == "settled":
+        traffic.settled(record("a"), "candidate")
+    elif end == "refused":
+        traffic.refused("a", "candidate", 503, 0.1)
+    (outcome,) = traffic.due(1_000_000.0)
+    assert (outcome.per_worker, outcome.per_cost) == scale
