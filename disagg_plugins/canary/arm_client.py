@@ -29,8 +29,8 @@ class ArmClient:
 
     Args:
         connection: The client's.
-        elsewhere: Called in place of an answer that fails, with its status; it sees to another
-            answer. None: failures are passed on.
+        elsewhere: Called in place of an answer that fails; it sees to another answer. None:
+            failures are passed on.
         tap: Reads the answer; None: nobody does.
     """
 
@@ -40,7 +40,7 @@ class ArmClient:
         self,
         connection: ClientConnection,
         *,
-        elsewhere: Callable[[int], None] | None = None,
+        elsewhere: Callable[[], None] | None = None,
         tap: Tap | None = None,
     ) -> None:
         self._connection = connection
@@ -69,7 +69,7 @@ class ArmClient:
         elsewhere, self._elsewhere = self._elsewhere, None
         if elsewhere is not None and status in ELSEWHERE and not self._connection.started:
             self._given = True
-            elsewhere(status)
+            elsewhere()
             return
         if self._tap is not None:
             self._tap.whole(status, body)

@@ -242,7 +242,7 @@ class Front:
         if arm == "candidate":
             through: Client = client  # who asked for the candidate wants to hear how it fails
             if assignment.by != "override":
-                through = ArmClient(client, elsewhere=lambda _: self._elsewhere(request, client))
+                through = ArmClient(client, elsewhere=lambda: self._elsewhere(request, client))
             self.candidate.intake.infer(request, through)
         elif self.copies is not None:
             self._with_copy(self.copies, request, client, endpoint, body, assignment)
@@ -450,12 +450,11 @@ class Front:
         own = [t for t in (*self._lasting, *self._helpers) if not t.done()]
         return own + [task for gateway in self.arms.values() for task in gateway.running()]
 
-    def spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[object, object, None]) -> None:
         """Begin something that answers a client later; it must not raise."""
         task = self._tasks.create_task(work)
         self._helpers.add(task)
         task.add_done_callback(self._helpers.discard)
-        return task
 
     def check_command(self, do: Do) -> None:
         """Refuse to start what could only fail.
