@@ -26,6 +26,7 @@ _TO_CBTHD = {
     # Axes of the rows after their block axis -> (c, block, t, h, d).
     "hctd": (2, 0, 3, 1, 4),
     "cthd": (1, 0, 2, 3, 4),
+    "chtd": (1, 0, 3, 2, 4),
     "htcd": (3, 0, 2, 1, 4),
 }
 
@@ -41,7 +42,12 @@ def rows_as_canonical(rows: npt.NDArray[np.uint8], layout: KVLayout) -> Array:
         Shape ``(2, num_blocks, block_size_tokens, num_kv_heads_local, head_dim)``.
     """
     h, t, d = layout.num_kv_heads_local, layout.block_size_tokens, layout.head_dim
-    shape = {"hctd": (h, 2, t, d), "cthd": (2, t, h, d), "htcd": (h, t, 2, d)}[layout.order]
+    shape = {
+        "hctd": (h, 2, t, d),
+        "cthd": (2, t, h, d),
+        "chtd": (2, h, t, d),
+        "htcd": (h, t, 2, d),
+    }[layout.order]
     elements = rows.view(_ELEMENT_TYPES[ELEMENT_BYTES[layout.dtype]])
     return elements.reshape(len(rows), *shape).transpose(_TO_CBTHD[layout.order])
 

@@ -19,9 +19,10 @@ PROTOCOL_VERSION = 1
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
-RowOrder = Literal["hctd", "cthd", "htcd"]
+RowOrder = Literal["hctd", "cthd", "chtd", "htcd"]
 """Order of a block row's axes: h = KV head of this rank, c = k/v, t = token of the block,
-d = head dim. ``htcd`` keeps K and V of one token side by side (``[h, t, 2*d]``)."""
+d = head dim. ``htcd`` keeps K and V of one token side by side (``[h, t, 2*d]``); ``chtd`` is
+TensorRT-LLM's HND order."""
 
 
 @dataclass(frozen=True, slots=True)

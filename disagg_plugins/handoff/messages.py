@@ -11,7 +11,7 @@ import msgspec
 from disagg_plugins.errors import ConfigError, RemoteProtocolError
 from disagg_plugins.handoff.interfaces import Identity
 from disagg_plugins.handoff.keys import DIGEST_BYTES
-from disagg_plugins.handoff.layouts import KVLayout, ModelFingerprint
+from disagg_plugins.handoff.layouts import KVLayout, ModelFingerprint, RowOrder
 from disagg_plugins.handoff.tickets import MAX_TICKET_CHARS
 
 NONCE_BYTES = 32
@@ -55,7 +55,7 @@ class LayoutMessage(_Message, frozen=True):
     head_dim: Count
     dtype: Text
     block_size_tokens: Count
-    order: Literal["hctd", "cthd", "htcd"]
+    order: RowOrder
     packing: Text
 
     def layout(self) -> KVLayout:

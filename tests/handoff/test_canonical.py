@@ -29,6 +29,7 @@ def element(rows: np.ndarray, layout: KVLayout, h: int, c: int, token: int, d: i
     index = {
         "hctd": ((h * 2 + c) * BLOCK + t) * DIM + d,
         "cthd": ((c * BLOCK + t) * HEADS + h) * DIM + d,
+        "chtd": ((c * HEADS + h) * BLOCK + t) * DIM + d,
         "htcd": ((h * BLOCK + t) * 2 + c) * DIM + d,
     }[layout.order]
     return int(flat[index])
