@@ -1,0 +1,1 @@
+"""The embedded reference engine: small, readable, paged KV, Llama architecture, in torch."""
