@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from disagg_plugins.engine.params import HandoffParams, answer_params, read_params
 from disagg_plugins.errors import AuthenticationError, DisaggError, UnsupportedEngineError
 from disagg_plugins.handoff.prompts import prompt_digest
-from disagg_vllm.params import HandoffParams, answer_params, read_params
 from disagg_vllm.steps import (
     LoadResult,
     LoadStep,

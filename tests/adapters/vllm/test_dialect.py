@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from disagg_plugins.engine.params import answer_params, read_params
 from disagg_plugins.errors import RemoteProtocolError
 from disagg_plugins.gateway.body import read_body
 from disagg_plugins.gateway.dialect import Body, HandoffRef, Published, pair_family, tells_endpoints
 from disagg_plugins.types import HandoffId, Role, Worker
 from disagg_vllm.dialect import KEY, TOKEN_IDS, VllmDialect
-from disagg_vllm.params import answer_params, read_params
 
 REF = HandoffRef(
     HandoffId("00112233445566778899aabbccddeeff"),
