@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 from disagg_plugins.errors import ConfigError
 
+NAME = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
 RopeType = Literal["default", "linear", "llama3"]
 
@@ -85,7 +87,20 @@ def read_config(folder: Path) -> ModelConfig:
     Raises:
         ConfigError: It is missing, no JSON object, or describes another architecture.
     """
-    path = folder / "config.json"
+    return config_of(_read(folder), file=str(folder / NAME))
+
+
+def raw_config(folder: Path) -> SimpleNamespace:
+    """Return all of ``config.json`` as attributes.
+
+    Raises:
+        ConfigError: It is missing, or no JSON object.
+    """
+    return SimpleNamespace(**_read(folder))
+
+
+def _read(folder: Path) -> dict[str, object]:
+    path = folder / NAME
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError("it has more than 1 MiB", file=str(path))
@@ -97,7 +112,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise ConfigError(f"is no JSON: {exc}", file=str(path)) from exc
     if not isinstance(said, dict):
         raise ConfigError("is no JSON object", file=str(path))
-    return config_of(said, file=str(path))
+    return said
 
 
 def config_of(said: Mapping[str, object], *, file: str | None = None) -> ModelConfig:

@@ -77,6 +77,7 @@ class Request:
         computed_tokens: Tokens whose KV is in the pool.
         blocks: Its blocks in order.
         promised_blocks: Blocks that it may still take.
+        told: What whoever moved KV answers to the client, beside the text.
     """
 
     request_id: int
@@ -93,6 +94,7 @@ class Request:
     computed_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
     promised_blocks: int = 0
+    told: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

@@ -34,7 +34,7 @@ class RelayDialect:
     decode_is_whole: bool = True
     answers_endpoints: bool = True
     remedy: str
-    """What to do where a prefill worker publishes nothing, as words before "and look in its log"."""
+    """What to do where a prefill worker publishes nothing, up to "and look in its log"."""
 
     def unsplittable(self, body: Body) -> str | None:
         """Return why the request cannot be split, or None."""
