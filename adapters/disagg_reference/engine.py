@@ -317,6 +317,8 @@ class Engine:
         sampler = self._samplers.get(request.request_id)
         if sampler is None:
             sampler = self._samplers[request.request_id] = Sampler(request.sampling)
+        if len(request.output) < request.min_tokens and request.eos:
+            logits[list(request.eos)] = -torch.inf
         chosen = sampler.choose(logits)
         request.output.append(chosen.token)
         if chosen.token in request.eos:
