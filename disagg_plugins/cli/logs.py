@@ -12,6 +12,7 @@ OWN = (
     "disagg_reference",
     "disagg_vllm",
     "disagg_sglang",
+    "disagg_trtllm",
     "disagg_kv_shm",
     "disagg_kv_tcp",
 )
