@@ -80,7 +80,6 @@ class Scheduler:
         needed = self.blocks.needed(request.most_tokens)
         if not self.blocks.admit(cached, needed):
             return None
-        self.waiting.popleft()
         request.promised_blocks = needed - len(cached)
         request.blocks = [*cached]
         self._take(request, self.blocks.needed(len(request.prompt)))
@@ -94,6 +93,7 @@ class Scheduler:
             )
         request.matched_tokens = matched
         allocated(request, request.blocks)
+        self.waiting.popleft()  # not before: whoever waits hears of it where one of these raises
         if parks:
             request.state = State.LOADING
             self.loading[request.request_id] = request

@@ -30,6 +30,7 @@ MAX_TOKENS = 1 << 26
 MAX_ENDPOINTS = 256
 SILENCE_S = 10.0
 MOST_CONNECTIONS = 64
+POLL_S = 0.05
 CLOSE_S = 5.0
 
 LEAST_ID = 1 << 40
@@ -113,7 +114,7 @@ class Announcements:
         self.address += f":{self._server.server_port}"
         self._thread = threading.Thread(
             target=self._server.serve_forever,
-            kwargs={"poll_interval": 0.2},
+            kwargs={"poll_interval": POLL_S},
             name="disagg-announcements",
             daemon=True,
         )
