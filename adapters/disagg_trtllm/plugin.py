@@ -20,5 +20,6 @@ if TYPE_CHECKING:
 def disagg_register_dialects() -> Sequence[Dialect]:
     """Offer what the gateway speaks to TensorRT-LLM."""
     from disagg_trtllm.dialect import TrtllmDialect
+    from disagg_trtllm.native import NativeTrtllmDialect
 
-    return [TrtllmDialect()]
+    return [TrtllmDialect(), NativeTrtllmDialect()]

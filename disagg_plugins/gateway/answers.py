@@ -48,6 +48,11 @@ class Answers:
         self._record.status = status
         self._client.answer(status, body, self.lines(headers))
 
+    def whole(self, body: bytes, type_line: bytes) -> None:
+        """Answer in one go with what the client asked for."""
+        self._record.status = 200
+        self._client.answer(200, body, type_line + self._own_lines)
+
     def error(self, status: int, message: str, *, code: str | None) -> None:
         """Answer with an error of the gateway's own."""
         self._record.status = status

@@ -8,13 +8,14 @@ import msgspec
 
 from disagg_plugins.gateway.announcing import AnnouncedBody
 from disagg_plugins.gateway.dialect import announcing
+from disagg_plugins.gateway.whole_answer import as_asked
 from disagg_plugins.gateway.worker_state import Work
 from disagg_plugins.scheduling.prediction import expected_output
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from disagg_plugins.gateway.dialect import Dialect, HandoffRef, Published
+    from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef, Published
     from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.resumption import Resumption
     from disagg_plugins.types import Worker
@@ -90,6 +91,12 @@ class Bodies:
         body = parsed.body if dialect is None else dialect.local_body(parsed.body)
         body = self._resumption.body(dialect, worker, body)
         return parsed.raw if body is parsed.body else _encode(body)
+
+    def as_asked(self, answer: Body) -> tuple[bytes, bytes]:
+        """Return a whole answer as the client wants it, and the line that names its type."""
+        options = self._parsed.body.get("stream_options")
+        usage = isinstance(options, dict) and bool(options.get("include_usage"))
+        return as_asked(answer, stream=self._parsed.stream, usage=usage)
 
     def rest(self, worker: Worker) -> bytes:
         """Return what asks ``worker`` for the rest of the answer.

@@ -61,6 +61,7 @@ class Published:
         first_token: The token that prefill sampled; -1 where the answer does not tell. A decode
             worker that samples it itself needs none.
         opaque: Fields that only the same engine understands.
+        answer: The client's whole answer, where prefill has ended it: nobody has to decode.
     """
 
     num_tokens: int
@@ -68,6 +69,7 @@ class Published:
     prompt: str = ""
     first_token: int = -1
     opaque: Mapping[str, object] = field(default_factory=dict)
+    answer: Body | None = None
 
 
 class Dialect(Protocol):
@@ -176,6 +178,11 @@ class AnnouncingDialect(Protocol):
     ) -> Body:
         """Return what the adapter of the worker for ``step`` is told, ticket included."""
         ...
+
+
+def crosses(dialect: Dialect) -> bool:
+    """Return whether an engine hands over to others; one that does not says ``crosses = False``."""
+    return bool(getattr(dialect, "crosses", True))
 
 
 def pair_family(prefill: Dialect, decode: Dialect) -> Family:

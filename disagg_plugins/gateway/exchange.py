@@ -329,11 +329,9 @@ class Exchange:
             answer = calls.heard["prefill"].body()
             try:
                 published = self._bodies.published(route.prefill, ref, answer)
-            except UnreadableError as exc:
-                self._do(self._flow.on(f.PrefillFailed("garbage", str(exc))))
-                return
-            except RemoteProtocolError as exc:
-                self._do(self._flow.on(f.PrefillFailed("no_handoff", str(exc))))
+            except (UnreadableError, RemoteProtocolError) as exc:
+                kind = "garbage" if isinstance(exc, UnreadableError) else "no_handoff"
+                self._do(self._flow.on(f.PrefillFailed(kind, str(exc))))
                 return
         del calls.heard["prefill"], calls.open["prefill"]
         calls.claims.succeeded("prefill")
@@ -541,9 +539,11 @@ class Exchange:
         heard = self._calls.heard[side]
         self._answers.verbatim(heard.status, heard.headers, heard.body())
 
-    def _answer_error(self, command: f.Command) -> None:
+    def _answer_own(self, command: f.Command) -> None:
         if isinstance(command, f.AnswerError):
             self._answers.error(command.status, command.message, code=command.code)
+        elif isinstance(command, f.AnswerWhole):
+            self._answers.whole(*self._bodies.as_asked(command.answer))
 
     def _cancel(self, command: f.Command) -> None:
         side = command.side if isinstance(command, f.Cancel) else "decode"
@@ -591,7 +591,8 @@ _EXECUTE = {
     f.CompleteAnswer: Exchange._complete_answer,
     f.BreakAnswer: Exchange._break_answer,
     f.AnswerVerbatim: Exchange._answer_verbatim,
-    f.AnswerError: Exchange._answer_error,
+    f.AnswerError: Exchange._answer_own,
+    f.AnswerWhole: Exchange._answer_own,
     f.Cancel: Exchange._cancel,
     f.Note: Exchange._note,
     f.Adopt: Exchange._adopt,

@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from disagg_plugins.gateway.dialect import Dialect, announcing, pair_family, tells_endpoints
+from disagg_plugins.gateway.dialect import (
+    Dialect,
+    announcing,
+    crosses,
+    pair_family,
+    tells_endpoints,
+)
 from disagg_plugins.gateway.pairs import Across, PairProblems
 from disagg_plugins.gateway.role_lists import PHASES, RoleLists
 from disagg_plugins.gateway.worker_state import GONE, NOT_SICK, Work, WorkerState
@@ -479,6 +485,11 @@ class FleetState:
                 "is not loaded, its name or secret differ, or it cannot reach this gateway"
             )
         for worker, dialect in ((prefill, dialects[0]), (decode, dialects[1])):
+            if prefill.engine != decode.engine and not crosses(dialect):
+                return (
+                    f"{worker.engine} hands over by its own means, to {worker.engine} only: "
+                    f"{prefill.name} is {prefill.engine}, {decode.name} is {decode.engine}"
+                )
             if announcing(dialect) is not None and not self.states[worker.name].announce:
                 return (
                     f"worker {worker.name} has not said yet where it hears of handoffs: its "

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Literal
 from disagg_plugins.errors import LocalProtocolError
 
 if TYPE_CHECKING:
-    from disagg_plugins.gateway.dialect import Published
+    from disagg_plugins.gateway.dialect import Body, Published
     from disagg_plugins.types import Family
 
 Side = Literal["prefill", "decode"]
@@ -199,6 +199,13 @@ class SendPrefill:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerWhole:
+    """Prefill has ended the answer: send it."""
+
+    answer: Body
+
+
+@dataclass(frozen=True, slots=True)
 class SendDecode:
     """Call the decode worker with the handoff."""
 
@@ -296,6 +303,7 @@ class Finish:
 
 Command = (
     SendPrefill
+    | AnswerWhole
     | SendDecode
     | SendLocal
     | Resume
@@ -388,8 +396,12 @@ class Flow:
         was, self.state = self.state, State.DECODE
         if was is State.BOTH:
             return []
+        published = event.published if isinstance(event, PrefillAnswered) else None
+        if published is not None and published.answer is not None:
+            self.state = State.DONE
+            return [AnswerWhole(published.answer), Finish("ok")]
         self.handoff = True
-        return [SendDecode(event.published if isinstance(event, PrefillAnswered) else None)]
+        return [SendDecode(published)]
 
     def _prefill_rejected(self, event: Event) -> list[Command]:
         status = event.status if isinstance(event, PrefillRejected) else 0

@@ -31,6 +31,7 @@ from disagg_plugins.errors import DisaggError
 from disagg_plugins.launch.interfaces import LaunchCommand
 from disagg_plugins.launch.local import LocalFleet, RunningWorker, healthy, tail_of
 from disagg_plugins.policy import Policy, WorkerPolicy, load_policy
+from disagg_reference.launcher import ReferenceLauncher
 from disagg_sglang.launcher import POLICY_ENV, WORKER_ENV, SglangLauncher, num_ranks
 from disagg_vllm.launcher import VllmLauncher
 from tests.engines.client import complete
@@ -39,7 +40,7 @@ MODEL_NAME = "demo"
 GATEWAY_START_S = 60.0
 ROOT = Path(__file__).resolve().parents[2]
 
-Engine = Literal["vllm", "sglang"]
+Engine = Literal["vllm", "sglang", "reference", "trtllm"]
 PLAIN = {"vllm": "vllm-plain", "sglang": "sglang-plain"}
 """What the testbed calls an engine without the connector."""
 
@@ -85,7 +86,8 @@ class Server:
         args: More flags.
         env: More environment.
         model: Another model folder than the testbed's.
-        engine: ``vllm`` or ``sglang``.
+        engine: ``vllm``, ``sglang``, ``reference``, or ``trtllm``: the TensorRT-LLM connector on
+            the reference engine, which hosts it.
     """
 
     name: str
@@ -99,7 +101,7 @@ class Server:
     @property
     def answers_alone(self) -> bool:
         """Whether it completes a request that comes from no gateway; SGLang's halves refuse it."""
-        return self.engine == "vllm" or self.role in ("both", "monolith")
+        return self.engine != "sglang" or self.role in ("both", "monolith")
 
 
 class PlainVllmLauncher:
@@ -127,7 +129,43 @@ class PlainSglangLauncher:
         return LaunchCommand(command.argv, env)
 
 
-LAUNCHERS = (VllmLauncher(), SglangLauncher(), PlainVllmLauncher(), PlainSglangLauncher())
+KV_CONNECTOR = {
+    "kv_connector_config": {
+        "connector_module": "disagg_trtllm.connector",
+        "connector_scheduler_class": "DisaggKvConnectorScheduler",
+        "connector_worker_class": "DisaggKvConnectorWorker",
+    }
+}
+"""As ``trtllm-serve --extra_llm_api_options`` takes it."""
+
+
+class HostedTrtllmLauncher:
+    """Starts the reference engine as host of the TensorRT-LLM connector."""
+
+    engine = "trtllm"
+
+    def command(self, worker: WorkerPolicy, policy: Policy, policy_path: Path) -> LaunchCommand:
+        """Return the command of ``ReferenceLauncher`` with the connector in place of its own."""
+        command = ReferenceLauncher().command(worker, policy, policy_path)
+        argv = list(command.argv)
+        for flag in ("--policy", "--worker"):
+            at = argv.index(flag)
+            del argv[at : at + 2]
+        config = policy_path.with_name("kv_connector.yaml")
+        config.write_text(yaml.safe_dump(KV_CONNECTOR))
+        env = {"DISAGG_POLICY": str(policy_path), "DISAGG_WORKER": worker.name}
+        argv += ["--kv-connector-config", str(config)]
+        return LaunchCommand(tuple(argv), {**command.env, **env})
+
+
+LAUNCHERS = (
+    VllmLauncher(),
+    SglangLauncher(),
+    ReferenceLauncher(),
+    HostedTrtllmLauncher(),
+    PlainVllmLauncher(),
+    PlainSglangLauncher(),
+)
 
 
 def sglang_python() -> Path:
@@ -212,6 +250,8 @@ class Testbed:
         launches = {
             s.name: self._vllm_launch(s, flags, kv_gib)
             if s.engine == "vllm"
+            else self._reference_launch(s)
+            if s.engine in ("reference", "trtllm")
             else self._sglang_launch(s, sglang_flags)
             for s in servers
         }
@@ -259,6 +299,9 @@ class Testbed:
             "env": {**sglang_env(server, args), **server.env},
             "start_s": SGLANG_START_S,
         }
+
+    def _reference_launch(self, server: Server) -> dict[str, Any]:
+        return {"python": sys.executable, "args": list(server.args), "env": dict(server.env)}
 
     def __enter__(self) -> Self:
         try:
