@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
@@ -38,4 +39,4 @@ class PrefixAffinity:
         """See ``hookspecs.disagg_nominate_workers``."""
         if not profile.cached_tokens:
             return None
-        return [name for name, _ in zip(profile.cached_tokens, range(NOMINEES), strict=False)]
+        return list(islice(profile.cached_tokens, NOMINEES))

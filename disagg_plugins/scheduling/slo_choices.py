@@ -323,8 +323,8 @@ def _decision(
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 0.01 else f"{value:.4f} s"
+    return format(value, ".2f" if value >= 0.01 else ".4f") + " s"
 
 
 def _ms(value_s: float) -> str:
-    return f"{value_s * 1000:.3g} ms"
+    return format(value_s * 1000, ".3g") + " ms"
