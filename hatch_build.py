@@ -24,7 +24,8 @@ from mypyc.build import mypycify
 from setuptools import setup
 
 options = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
-setup(name="compiled", packages=[], py_modules=[], ext_modules=mypycify([*options, *{modules!r}]))
+built = mypycify([*options, *{modules!r}], group_name="disagg_plugins")
+setup(name="compiled", packages=[], py_modules=[], ext_modules=built)
 """
 
 
