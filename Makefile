@@ -214,8 +214,12 @@ test: test-quick test-wheel test-compiled test-browser test-engine ## Run every 
 
 ENGINE := vllm
 
-demo: model $(if $(filter vllm,$(ENGINE)),,sglang) ## Split a real model over two real workers and compare with one: make demo [ENGINE=vllm|sglang|mixed], writes demo.json.
+demo: $(if $(filter reference,$(ENGINE)),$(DEV)/.ready,model $(if $(filter vllm,$(ENGINE)),,sglang)) ## Split a real model over two real workers and compare with one: make demo [ENGINE=vllm|sglang|mixed|reference], writes demo.json.
+ifeq ($(ENGINE),reference)
+	$(DEV)/bin/disagg demo --engine reference --out demo.json
+else
 	$(VLLM)/bin/python tests/demo.py --engine $(ENGINE) --model $(MODEL) --out demo.json
+endif
 
 demo-canary: model ## Move live traffic from a monolithic vLLM to a split one, then plant faults that must be rolled back; writes canary.json.
 	$(VLLM)/bin/python tests/demo_canary.py --model $(MODEL) --out canary.json

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,7 +20,7 @@ from disagg_plugins.errors import DisaggError, NoCapacityError
 from disagg_reference.blocks import Blocks
 from disagg_reference.config import ModelConfig, read_config
 from disagg_reference.hosting import Batch, ConnectorHost
-from disagg_reference.model import Llama, Piece
+from disagg_reference.model import Hook, Llama, Piece
 from disagg_reference.pool import KVPool, PoolShape
 from disagg_reference.request import Output, Request, State
 from disagg_reference.sampling import Sampler
@@ -65,6 +66,15 @@ class EngineOptions:
     most_waiting: int = 1024
 
 
+class Model(Protocol):
+    """What computes; see ``model.Llama``."""
+
+    def forward(self, pieces: Sequence[Piece], before: Hook, after: Hook) -> torch.Tensor:
+        """Return the logits of the pieces that are sampled."""
+        ...
+
+
+MakeModel = Callable[[ModelConfig, Sequence[KVPool]], Model]
 MakeHost = Callable[[Sequence[KVPool], ModelConfig], ConnectorHost]
 BeforeStep = Callable[[int], None]
 
@@ -114,6 +124,8 @@ class Engine:
         options: How it runs.
         make_host: Makes who moves KV, of the ranks' pools.
         before_step: Called before each iteration with its number, from 1: for faults.
+        make_model: Makes what computes, of the configuration and the ranks' pools; None: the
+            model of the folder.
 
     Attributes:
         config: Of the model.
@@ -129,16 +141,25 @@ class Engine:
         *,
         make_host: MakeHost | None = None,
         before_step: BeforeStep | None = None,
+        make_model: MakeModel | None = None,
     ) -> None:
         self.options = options
         self.config = read_config(options.model)
         self.config.check_tp(options.tp_size)
         device = torch.device(options.device)
         self.pools = tuple(KVPool(shape, device) for shape in pool_shapes(options, self.config))
-        weights = load_weights(
-            options.model, self.config, tp_size=options.tp_size, dtype=options.dtype, device=device
-        )
-        self._model = Llama(self.config, weights, self.pools)
+        self._model: Model
+        if make_model is not None:
+            self._model = make_model(self.config, self.pools)
+        else:
+            weights = load_weights(
+                options.model,
+                self.config,
+                tp_size=options.tp_size,
+                dtype=options.dtype,
+                device=device,
+            )
+            self._model = Llama(self.config, weights, self.pools)
         blocks = Blocks(options.num_blocks, options.block_size_tokens)
         self._scheduler = Scheduler(
             blocks, budget_tokens=options.budget_tokens, most_running=options.most_running
@@ -287,7 +308,7 @@ class Engine:
             logits = self._model.forward(
                 [
                     Piece(
-                        each.request.tokens(each.start, each.start + each.count),
+                        each.request.tokens(0, each.start + each.count),
                         each.start,
                         each.request.blocks,
                         _is_sampled(each.request, each.start + each.count),
@@ -317,6 +338,8 @@ class Engine:
         sampler = self._samplers.get(request.request_id)
         if sampler is None:
             sampler = self._samplers[request.request_id] = Sampler(request.sampling)
+        if len(request.output) < request.min_tokens and request.eos:
+            logits[list(request.eos)] = -torch.inf
         chosen = sampler.choose(logits)
         request.output.append(chosen.token)
         if chosen.token in request.eos:

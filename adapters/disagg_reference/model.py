@@ -28,8 +28,8 @@ class Piece:
     """What is computed for one request.
 
     Attributes:
-        tokens: Token ids, which are the request's from ``start`` on.
-        start: Its tokens whose KV is in the pool.
+        tokens: The request's tokens up to the end of what is computed.
+        start: Those of them whose KV is in the pool.
         blocks: Its blocks in order, with room for all of these.
         sampled: Whether the logits of the last one are asked for.
     """
@@ -173,9 +173,9 @@ class _Where:
         sampled: list[int] = []
         found = []
         for piece in pieces:
-            row, count = len(tokens), len(piece.tokens)
-            end = piece.start + count
-            tokens += piece.tokens
+            row, end = len(tokens), len(piece.tokens)
+            count = end - piece.start
+            tokens += piece.tokens[piece.start :]
             positions += range(piece.start, end)
             blocks += [piece.blocks[at // size] for at in range(piece.start, end)]
             if piece.sampled:

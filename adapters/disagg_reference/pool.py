@@ -7,6 +7,7 @@ takes ``tensor[block_id]``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +119,18 @@ class KVPool:
         both = self._by_head[:, layer].index_select(0, blocks).permute(1, 2, 0, 3, 4)
         both = both.reshape(2, shape.num_kv_heads_local, -1, shape.head_dim)[:, :, :num_tokens]
         return both[0], both[1]
+
+    def spoil(self, layer: int, head: int, blocks: Sequence[int]) -> None:
+        """Turn the sign of one KV head's keys in one layer of some blocks: a planted fault.
+
+        Args:
+            layer: Layer.
+            head: KV head of the model; nothing happens where another rank has it.
+            blocks: Blocks.
+        """
+        local = head - self.shape.tp_rank * self.shape.num_kv_heads_local
+        if 0 <= local < self.shape.num_kv_heads_local:
+            self._by_head[list(blocks), layer, 0, local] *= -1
 
 
 def gather_blocks(tensor: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor) -> None:

@@ -67,6 +67,7 @@ class Request:
         max_tokens: Longest answer.
         sampling: How tokens are chosen.
         eos: Tokens that end the answer.
+        min_tokens: Tokens before which none of ``eos`` is chosen.
         params: What the client said of the handoff, for whoever moves KV.
         tell: Called with every output, on the engine's thread.
         state: Where it is.
@@ -85,6 +86,7 @@ class Request:
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     eos: frozenset[int] = frozenset()
+    min_tokens: int = 0
     params: Mapping[str, object] = field(default_factory=dict)
     tell: Callable[[Output], None] = lambda output: None
     state: State = State.WAITING

@@ -54,47 +54,52 @@ class Scheduler:
             match: See ``ConnectorHost.match``.
             allocated: See ``ConnectorHost.allocated``.
         """
-        parked = self._admit(match, allocated)
         left = self._budget_tokens
-        found = []
+        found, parked = [], []
         for request in sorted(self.running.values(), key=_is_reading):
             count = min(left, request.num_tokens - request.computed_tokens)
-            if count <= 0:
+            if count > 0:
+                left -= count
+                found.append(self._scheduled(request, count))
+        # one that finds no budget is not admitted: what is matched is loaded in this iteration
+        while left > 0 and (new := self._admit(match, allocated)) is not None:
+            if new.state is State.LOADING:
+                parked.append(new)
                 continue
+            count = min(left, new.num_tokens - new.computed_tokens)
             left -= count
-            found.append(self._scheduled(request, count))
+            found.append(self._scheduled(new, count))
         return Batch(tuple(found), tuple(parked))
 
-    def _admit(self, match: Match, allocated: Allocated) -> list[Request]:
-        parked = []
-        while self.waiting and len(self.running) + len(self.loading) < self._most_running:
-            request = self.waiting[0]
-            cached = self.blocks.cached(request.prompt)
-            needed = self.blocks.needed(request.most_tokens)
-            if not self.blocks.admit(cached, needed):
-                break
-            self.waiting.popleft()
-            request.promised_blocks = needed - len(cached)
-            request.blocks = [*cached]
-            self._take(request, self.blocks.needed(len(request.prompt)))
-            request.local_tokens = len(cached) * self.blocks.size_tokens
-            matched, parks = match(request, request.local_tokens)
-            if not 0 <= matched < len(request.prompt) - request.local_tokens or (
-                parks and not matched
-            ):
-                raise ValueError(
-                    f"request {request.request_id}: {matched} tokens matched behind "
-                    f"{request.local_tokens} of {len(request.prompt)}, asynchronously: {parks}"
-                )
-            request.matched_tokens = matched
-            allocated(request, request.blocks)
-            if parks:
-                request.state = State.LOADING
-                self.loading[request.request_id] = request
-                parked.append(request)
-            else:
-                self._run(request)
-        return parked
+    def _admit(self, match: Match, allocated: Allocated) -> Request | None:
+        """Admit the next request that waits; None: there is none, or no room for it."""
+        if not self.waiting or len(self.running) + len(self.loading) >= self._most_running:
+            return None
+        request = self.waiting[0]
+        cached = self.blocks.cached(request.prompt)
+        needed = self.blocks.needed(request.most_tokens)
+        if not self.blocks.admit(cached, needed):
+            return None
+        request.promised_blocks = needed - len(cached)
+        request.blocks = [*cached]
+        self._take(request, self.blocks.needed(len(request.prompt)))
+        request.local_tokens = len(cached) * self.blocks.size_tokens
+        matched, parks = match(request, request.local_tokens)
+        left = len(request.prompt) - request.local_tokens
+        if not 0 <= matched < left or (parks and not matched):
+            raise ValueError(
+                f"request {request.request_id}: {matched} of {left} tokens matched, "
+                f"asynchronously: {parks}"
+            )
+        request.matched_tokens = matched
+        allocated(request, request.blocks)
+        self.waiting.popleft()  # not before: whoever waits hears of it where one of these raises
+        if parks:
+            request.state = State.LOADING
+            self.loading[request.request_id] = request
+        else:
+            self._run(request)
+        return request
 
     def loaded(self, request_id: int) -> Request:
         """A request's KV is there: it runs from the next iteration on.

@@ -18,6 +18,7 @@ def disagg_register_commands() -> Sequence[Command]:
     """Offer the subcommands of this folder."""
     from disagg_plugins.cli.bench import BenchCommand
     from disagg_plugins.cli.canary import CanaryCommand
+    from disagg_plugins.cli.demo import DemoCommand
     from disagg_plugins.cli.doctor import DoctorCommand
     from disagg_plugins.cli.explain import ExplainCommand
     from disagg_plugins.cli.fleet import FleetCommand
@@ -32,6 +33,7 @@ def disagg_register_commands() -> Sequence[Command]:
     return [
         BenchCommand(),
         CanaryCommand(),
+        DemoCommand(),
         DoctorCommand(),
         FleetCommand(),
         ExplainCommand(),

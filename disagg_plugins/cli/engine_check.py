@@ -208,7 +208,7 @@ class EngineCheck(ABC):
     def run(self, context: CheckContext) -> Sequence[Finding]:
         """Return the findings, one group of them for each interpreter."""
         if context.policy is None or context.policy_path is None:
-            return list(self._without_policy(context))
+            return list(self.without_policy(context))
         findings: list[Finding] = []
         asked: list[tuple[str, Mapping[str, str]]] = []
         for worker in context.policy.fleet.workers:
@@ -228,7 +228,8 @@ class EngineCheck(ABC):
             findings += self.judge_worker(worker, context.policy_path)
         return list(dict.fromkeys(findings))
 
-    def _without_policy(self, context: CheckContext) -> Iterator[Finding]:
+    def without_policy(self, context: CheckContext) -> Iterator[Finding]:
+        """Yield what there is to say of this environment, where no policy names workers."""
         answer = ask(self.question, sys.executable, {})
         if answer.installed:
             yield from self.judge(sys.executable, answer, os.environ)

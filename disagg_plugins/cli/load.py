@@ -55,6 +55,7 @@ class LoadSettings:
         timeout_s: Longest silence of the endpoint.
         seed: Of the random prompts.
         api_key: Sent as a bearer token if not empty.
+        token_ids: Ask for the ids of the tokens, where the engine tells them.
     """
 
     url: str
@@ -67,6 +68,7 @@ class LoadSettings:
     timeout_s: float = 120.0
     seed: int = 0
     api_key: str = field(default="", repr=False)
+    token_ids: bool = False
 
 
 @dataclass(slots=True)
@@ -151,6 +153,8 @@ def _body(settings: LoadSettings, prompt: str) -> bytes:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if settings.token_ids:
+        body["return_token_ids"] = True
     if settings.chat:
         body["messages"] = [{"role": "user", "content": prompt}]
     else:
@@ -179,8 +183,18 @@ def _events(answer: HTTPResponse) -> Iterator[Any]:
     raise LoadError("the stream ended without [DONE]")
 
 
-def measure(settings: LoadSettings, connection: HTTPConnection, path: str, prompt: str) -> Sample:
-    """Send one request and time its answer."""
+def _ignore(event: Any) -> None:
+    """Nobody listens."""
+
+
+def measure(
+    settings: LoadSettings,
+    connection: HTTPConnection,
+    path: str,
+    prompt: str,
+    listen: Callable[[Any], None] = _ignore,
+) -> Sample:
+    """Send one request and time its answer; ``listen`` is told every event of it."""
     sample = Sample()
     endpoint = "/v1/chat/completions" if settings.chat else "/v1/completions"
     started_s = last_s = time.perf_counter()
@@ -193,6 +207,7 @@ def measure(settings: LoadSettings, connection: HTTPConnection, path: str, promp
             raise LoadError(f"status {answer.status}: {answer.read(300).decode(errors='replace')}")
         for event in _events(answer):
             now_s = time.perf_counter()
+            listen(event)
             if "error" in event:
                 raise LoadError(f"error in the stream: {event['error']}")
             if usage := event.get("usage"):

@@ -7,7 +7,15 @@ from datetime import datetime
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-OWN = ("disagg_plugins", "disagg_vllm", "disagg_sglang", "disagg_kv_shm", "disagg_kv_tcp")
+OWN = (
+    "disagg_plugins",
+    "disagg_reference",
+    "disagg_vllm",
+    "disagg_sglang",
+    "disagg_trtllm",
+    "disagg_kv_shm",
+    "disagg_kv_tcp",
+)
 """The packages of this project; what libraries have to say below a warning is theirs."""
 
 

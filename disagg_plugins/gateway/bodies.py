@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from disagg_plugins.gateway.announcing import AnnouncedBody
+from disagg_plugins.gateway.dialect import announcing
 from disagg_plugins.gateway.worker_state import Work
 from disagg_plugins.scheduling.prediction import expected_output
 
@@ -44,7 +46,9 @@ class Bodies:
 
     def prefill(self, worker: Worker, ref: HandoffRef) -> bytes:
         """Return what asks ``worker`` to read the prompt and hand over its KV."""
-        return _encode(self._dialects[worker.engine].prefill_body(self._parsed.body, ref))
+        dialect = self._dialects[worker.engine]
+        body = _encode(dialect.prefill_body(self._parsed.body, ref))
+        return self._announced(dialect, "prefill", body, ref, None)
 
     def published(self, worker: Worker, ref: HandoffRef, answer: bytes) -> Published | None:
         """Return what the answer of a prefill worker tells of where the KV is.
@@ -64,7 +68,21 @@ class Bodies:
         """Return what asks ``worker`` to write the answer to a prompt that was handed over."""
         dialect = self._dialects[worker.engine]
         body = dialect.decode_body(self._parsed.body, ref, published)
-        return _encode(self._resumption.body(dialect, worker, body))
+        encoded = _encode(self._resumption.body(dialect, worker, body))
+        return self._announced(dialect, "decode", encoded, ref, published)
+
+    def _announced(
+        self,
+        dialect: Dialect,
+        step: Literal["prefill", "decode"],
+        body: bytes,
+        ref: HandoffRef,
+        published: Published | None,
+    ) -> bytes:
+        teller = announcing(dialect)
+        if teller is None:
+            return body
+        return AnnouncedBody.of(body, _encode(teller.announcement(step, ref, published)))
 
     def whole(self, worker: Worker) -> bytes:
         """Return what asks ``worker`` to do all of the request."""

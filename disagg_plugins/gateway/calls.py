@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from disagg_plugins.gateway.announcing import AnnouncedBody, AnnouncedCall
 from disagg_plugins.gateway.claims import EXPECTED, Claims
 from disagg_plugins.gateway.heard import Heard
 from disagg_plugins.gateway.surroundings import Surroundings
@@ -12,6 +13,7 @@ from disagg_plugins.gateway.wire import post
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.hedge import Hedge
+    from disagg_plugins.gateway.pool import WorkerPool
     from disagg_plugins.gateway.server import Gateway
     from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.gateway.upstream import CallListener
@@ -85,8 +87,24 @@ class Calls:
         pool, given = gateway.members.give(worker, work)
         self.claims.note(side, worker.name, given)
         payload = post(self._path, pool.host_header, self._shared, body)
-        self.open[side] = call = Call(side, payload, listener)
-        pool.submit(call)
+        if isinstance(body, AnnouncedBody):
+            call: Call = self._announce(side, worker, body, payload, pool, listener)
+        else:
+            self.open[side] = call = Call(side, payload, listener)
+            pool.submit(call)
+        return call
+
+    def _announce(
+        self,
+        side: str,
+        worker: Worker,
+        body: AnnouncedBody,
+        payload: bytes,
+        pool: WorkerPool,
+        listener: CallListener,
+    ) -> AnnouncedCall:
+        self.open[side] = call = AnnouncedCall(side, payload, listener, pool)
+        call.begin(self._gateway.members.announcing(worker), body.announcement)
         return call
 
     def cancel(self, side: str) -> None:

@@ -9,7 +9,7 @@ undecoded, so that a copy passes it on byte for byte.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -163,6 +163,21 @@ class ResumingDialect(Protocol):
         ...
 
 
+@runtime_checkable
+class AnnouncingDialect(Protocol):
+    """What a dialect adds whose engine hides a request's fields from the adapter.
+
+    Before each of the two calls of a handoff the gateway tells the worker's adapter what it has to
+    know (``gateway/announcing.py``), at the address that the adapter named in its hello.
+    """
+
+    def announcement(
+        self, step: Literal["prefill", "decode"], ref: HandoffRef, published: Published | None
+    ) -> Body:
+        """Return what the adapter of the worker for ``step`` is told, ticket included."""
+        ...
+
+
 def pair_family(prefill: Dialect, decode: Dialect) -> Family:
     """Return how two workers meet: their engine's own way, or by relay between two engines."""
     return decode.family if prefill.engine == decode.engine else "relay"
@@ -171,6 +186,17 @@ def pair_family(prefill: Dialect, decode: Dialect) -> Family:
 def tells_endpoints(prefill: Dialect, decode: Dialect) -> bool:
     """Return whether the prefill worker's answer will say where it serves KV."""
     return pair_family(prefill, decode) == "relay" and prefill.answers_endpoints
+
+
+_announcing: dict[type, bool] = {}
+
+
+def announcing(dialect: Dialect | None) -> AnnouncingDialect | None:
+    """Return the dialect if its workers are told of handoffs before they are called, else None."""
+    kind = type(dialect)
+    if kind not in _announcing:
+        _announcing[kind] = isinstance(dialect, AnnouncingDialect)
+    return cast("AnnouncingDialect", dialect) if _announcing[kind] else None
 
 
 _resuming: dict[type, bool] = {}

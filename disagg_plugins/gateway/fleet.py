@@ -9,11 +9,12 @@ health probe is kept in use: slow or failing is better than nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from disagg_plugins.gateway.dialect import Dialect, pair_family, tells_endpoints
+from disagg_plugins.gateway.dialect import Dialect, announcing, pair_family, tells_endpoints
 from disagg_plugins.gateway.pairs import Across, PairProblems
 from disagg_plugins.gateway.role_lists import PHASES, RoleLists
 from disagg_plugins.gateway.worker_state import GONE, NOT_SICK, Work, WorkerState
@@ -31,6 +32,9 @@ MOST_KV_TOKENS = 1 << 40
 MAX_RANKS = 256
 """As many as ``handoff.endpoints`` takes of one worker."""
 
+
+ADDRESS = re.compile(r"[A-Za-z0-9.\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.]{2,45}\]:[0-9]{1,5}")
+"""``host:port`` of an adapter."""
 
 MUST_AGREE = (
     (
@@ -414,6 +418,8 @@ class FleetState:
         state = self.states.get(name)
         if state is None:
             return False
+        if (address := hello.get("announce")) is not None:
+            return self._announces(state, address)
         rank, endpoint = hello.get("tp_rank"), hello.get("endpoint")
         url, before = self._left.get(name, ("", []))
         if endpoint in before and url != state.worker.url:
@@ -427,12 +433,27 @@ class FleetState:
         self._pairs.changed(state.worker)
         return True
 
+    def _announces(self, state: WorkerState, address: object) -> bool:
+        """Keep where a worker's adapter hears announcements."""
+        if not isinstance(address, str) or not ADDRESS.fullmatch(address):
+            return False
+        if address != state.announce:
+            state.announce = address
+            self._pairs.changed(state.worker)
+        return True
+
+    def announce_address(self, name: str) -> str:
+        """Return where a worker's adapter hears announcements; empty where it has not said so."""
+        state = self.states.get(name)
+        return "" if state is None else state.announce
+
     def _kind(self, worker: Worker) -> object:
         """Return what decides with whom a worker can share handoffs (see ``_pair_problem``)."""
         hello = self.states[worker.name].hello
         said = None if hello is None else tuple(str(hello.get(key)) for key, _, _ in MUST_AGREE)
         located = bool(self.endpoints(worker.name))
-        return worker.engine, worker.role, worker.handoffs, located, said
+        heard = bool(self.states[worker.name].announce)
+        return worker.engine, worker.role, worker.handoffs, located, heard, said
 
     def endpoints(self, name: str) -> tuple[Mapping[str, object], ...]:
         """Return where the ranks of a worker serve KV, in order; empty until all have said so."""
@@ -457,6 +478,13 @@ class FleetState:
                 f"prefill worker {prefill.name} has not said yet where it serves KV: its adapter "
                 "is not loaded, its name or secret differ, or it cannot reach this gateway"
             )
+        for worker, dialect in ((prefill, dialects[0]), (decode, dialects[1])):
+            if announcing(dialect) is not None and not self.states[worker.name].announce:
+                return (
+                    f"worker {worker.name} has not said yet where it hears of handoffs: its "
+                    "adapter is not loaded, its name or secret differ, or it cannot reach this "
+                    "gateway"
+                )
         ours, theirs = (self.states[w.name].hello for w in (prefill, decode))
         if ours is None or theirs is None:
             return None

@@ -223,6 +223,18 @@ class Members:
             return pool, replace(work, given_to=NOT_LEFT)
         return pool, self._fleet.begin(worker.name, work)
 
+    def announcing(self, worker: Worker) -> WorkerPool:
+        """Return connections to where a worker's adapter hears announcements.
+
+        One that has not said where, or has left, is not reached: the announcement fails soon.
+        """
+        address = self._fleet.announce_address(worker.name)
+        teller = replace(worker, url=f"http://{address or 'unknown:1'}")
+        pool = WorkerPool(teller, self._spawn, connect_s=self._policy.gateway.connect_s)
+        if not address:
+            pool.close()
+        return pool
+
     # The watched file
 
     def follow(self, given: Sequence[WorkerPolicy], now_s: float) -> None:

@@ -46,6 +46,7 @@ class WorkerState:
         role_known: Whether its server is known to be in the role of ``worker``; matters for
             servers whose role is switched.
         switching: Its server is being told to take another role.
+        announce: ``host:port`` where its adapter hears of handoffs; empty where it need not.
     """
 
     worker: Worker
@@ -67,6 +68,7 @@ class WorkerState:
     last_problem: str = ""
     hello: Mapping[str, object] | None = None
     endpoints: dict[int, Mapping[str, object]] = field(default_factory=dict)
+    announce: str = ""
     reachable: bool = False
     draining: bool = False
     kept: bool = False
@@ -157,6 +159,7 @@ class WorkerState:
         """Forget what its process said of itself: another one, or another role, is coming."""
         self.hello = None
         self.endpoints.clear()
+        self.announce = ""
         self.role_known = not self.worker.role_switch
 
 

@@ -272,6 +272,7 @@ class LoadReport:
         payload_bytes: Bytes of KV moved to this rank.
         seconds: Wall-clock seconds from connect to the publisher's word.
         result: What the publishing engine left beside the KV; often empty.
+        prompt: Digest of the prompt whose KV it is, as the publisher told; empty: it told none.
     """
 
     handoff_id: HandoffId
@@ -281,6 +282,7 @@ class LoadReport:
     payload_bytes: int
     seconds: float
     result: bytes = b""
+    prompt: str = ""
 
 
 class Unpack(Protocol):

@@ -204,6 +204,7 @@ class HandoffReader:
             load.payload_bytes,
             time.monotonic() - load.started_s,
             load.result,
+            load.parts[0].offer.prompt if load.parts else "",
         )
         self._tell(
             load.handoff_id,

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from disagg_plugins.errors import NoCapacityError
-from disagg_reference.engine import EngineDead
+from disagg_reference.engine import EngineDead, NoHost
 from disagg_reference.request import Sampling
 
 
@@ -168,3 +168,15 @@ def test_closing_ends_what_is_open(make_engine, ask) -> None:
     engine.close()
     engine.start()
     assert asked.finish_reason == "abort"
+
+
+class _Raising(NoHost):
+    def match(self, request, computed_tokens):
+        raise RuntimeError("the connector is broken")
+
+
+def test_a_request_whose_admission_fails_hears_of_it(make_engine, ask) -> None:
+    engine = make_engine(host=lambda pools, config: _Raising())
+    asked = ask(engine, PROMPTS[0], 1)
+    assert asked.finish_reason == "error"
+    assert "the connector is broken" in asked.outputs[-1].problem

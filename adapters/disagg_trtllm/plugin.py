@@ -1,0 +1,24 @@
+"""What this adapter offers to the core. Importing this module imports neither torch nor the engine.
+
+Written against the published interface, exercised on a host that follows it, not run on
+TensorRT-LLM here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from disagg_plugins import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from disagg_plugins.gateway.dialect import Dialect
+
+
+@hookimpl
+def disagg_register_dialects() -> Sequence[Dialect]:
+    """Offer what the gateway speaks to TensorRT-LLM."""
+    from disagg_trtllm.dialect import TrtllmDialect
+
+    return [TrtllmDialect()]
