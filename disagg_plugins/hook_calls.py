@@ -20,7 +20,7 @@ from disagg_plugins.errors import HookContractError
 from disagg_plugins.plugin_threads import BusyError, OverranError, PluginThread, RaisedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 LOG = logging.getLogger(__name__)
 
@@ -125,7 +125,12 @@ class HookCalls:
 
         Plugins named in ``without`` are not asked.
         """
-        return next(self._answers(hook, check, arguments, without, self._deadline_s), None)
+        for implementation in self._implementations.get(hook, ()):
+            if implementation.plugin not in without:
+                answer = self._answer(implementation, check, arguments, self._deadline_s, check)
+                if answer is not None:
+                    return implementation.plugin, answer
+        return None
 
     def every(
         self,
@@ -148,34 +153,32 @@ class HookCalls:
             trusted: In place of ``check`` for plugins that run inline, where it costs too much.
         """
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
-        return list(self._answers(hook, check, arguments, without, deadline_s, trusted))
+        trusted, answers = trusted or check, []
+        for implementation in self._implementations.get(hook, ()):
+            if implementation.plugin not in without:
+                answer = self._answer(implementation, check, arguments, deadline_s, trusted)
+                if answer is not None:
+                    answers.append((implementation.plugin, answer))
+        return answers
 
-    def _answers(
+    def _answer(
         self,
-        hook: str,
+        implementation: Implementation,
         check: Callable[[object], T],
         arguments: Mapping[str, object],
-        without: Collection[str],
         deadline_s: float,
-        trusted: Callable[[object], T] | None = None,
-    ) -> Iterator[tuple[str, T]]:
-        inline, trusted = self._trace is None, trusted or check
-        for implementation in self._implementations.get(hook, ()):
-            plugin = implementation.plugin
-            if plugin in without:
-                continue
-            if inline and implementation.thread is None and plugin not in self._off:
-                # as ``_ask`` does, without its books: a decision asks twenty of them
-                try:
-                    answer = _checked(implementation, arguments, trusted)
-                except Exception as exc:  # whatever a trusted plugin raised
-                    self._raised(implementation, exc)
-                    continue
-            else:
-                asked = self._ask(implementation, check, arguments, deadline_s)
-                answer = None if isinstance(asked, HookContractError) else asked
-            if answer is not None:
-                yield plugin, answer
+        trusted: Callable[[object], T],
+    ) -> T | None:
+        inline = self._trace is None and implementation.thread is None
+        if inline and implementation.plugin not in self._off:
+            # as ``_ask`` does, without its books: a decision asks twenty of them
+            try:
+                return _checked(implementation, arguments, trusted)
+            except Exception as exc:  # whatever a trusted plugin raised
+                self._raised(implementation, exc)
+                return None
+        asked = self._ask(implementation, check, arguments, deadline_s)
+        return None if isinstance(asked, HookContractError) else asked
 
     def asks(self, hook: str, *, without: Collection[str] = ()) -> bool:
         """Return whether anybody is asked by ``hook``: arguments nobody reads need no making."""

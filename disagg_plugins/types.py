@@ -110,7 +110,7 @@ class FleetIndex:
         ready: The healthy workers that may do the work of a role (prefill, decode), in the
             policy's order.
         names: Every worker by its name.
-        room: How many of ``ready`` have fewer requests than their capacity, by role.
+        room: How many of ``ready`` may be given one more request, by role.
     """
 
     ready: Mapping[Role, Sequence[Worker]]
@@ -153,10 +153,17 @@ class FleetView:
         return next((w for w in self.workers if w.name == name), None)
 
     def has_room(self, role: Role) -> bool:
-        """Return whether some healthy worker of ``role`` has fewer requests than its capacity."""
+        """Return whether some healthy worker of ``role`` may be given one more request.
+
+        It has fewer than its capacity, or none while it is on trial.
+        """
         if self.index is not None:
             return self.index.room[role] > 0
-        return any(self.load(w).requests < w.capacity for w in self.serving(role))
+        for worker in self.serving(role):
+            load = self.load(worker)
+            if load.requests < (1 if load.trial else worker.capacity):
+                return True
+        return False
 
     def pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
         """Return why these two cannot share a handoff, or None; a worker fits itself."""

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from disagg_plugins import __version__
+from disagg_plugins.build_kind import build_kind
 from disagg_plugins.cli.checks import CheckContext, Finding, Level
 from disagg_plugins.credentials import read_secret
 from disagg_plugins.errors import ConfigError
@@ -53,6 +55,7 @@ class EnvironmentCheck:
         else:
             needed = ".".join(map(str, PYTHON_NEEDED))
             yield Finding(Level.PROBLEM, "python", version, f"use Python {needed} or newer")
+        yield Finding(Level.OK, "disagg-plugins", f"{__version__}, {build_kind()}")
         for name in context.unknown_names:
             yield Finding(Level.PROBLEM, "policy", name, "install its plugin, or correct the name")
         for failure in context.plugin_failures:

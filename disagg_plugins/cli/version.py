@@ -6,6 +6,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from disagg_plugins import __version__
+from disagg_plugins.build_kind import build_kind
 from disagg_plugins.handoff.layouts import PROTOCOL_VERSION
 from disagg_plugins.hookspecs import HOOKSPEC_VERSION
 
@@ -26,6 +27,6 @@ class VersionCommand:
         """Print one line."""
         print(
             f"disagg-plugins {__version__}, handoff protocol {PROTOCOL_VERSION}, "
-            f"hooks {HOOKSPEC_VERSION}, Python {platform.python_version()}"
+            f"hooks {HOOKSPEC_VERSION}, Python {platform.python_version()}, {build_kind()} build"
         )
         return 0

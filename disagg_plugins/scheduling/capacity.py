@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.types import IDLE, FleetView, Refusal, RequestProfile, Role, Worker, WorkerLoad
+from disagg_plugins.scheduling.worker_scores import with_room
+from disagg_plugins.types import FleetView, Refusal, RequestProfile, Role, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,9 +46,4 @@ class Capacity:
         self, workers: Sequence[Worker], fleet: FleetView
     ) -> list[Worker] | None:
         """See ``hookspecs.disagg_filter_workers``."""
-        load = fleet.loads.get
-        return [worker for worker in workers if _has_room(worker, load(worker.name, IDLE))]
-
-
-def _has_room(worker: Worker, load: WorkerLoad) -> bool:
-    return load.requests < (1 if load.trial else worker.capacity)
+        return with_room(workers, fleet.loads)

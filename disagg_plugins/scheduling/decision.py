@@ -201,7 +201,7 @@ class Scheduler:
                 name = self._best(role, scored, None if other is None else other.name)
             self._chosen(role, name, fleet)
         trace.note("chosen", role, ((CORE, name),))
-        return next(worker for worker in workers if worker.name == name), ""
+        return [worker for worker in workers if worker.name == name][0], ""
 
     def _left(
         self,

@@ -83,7 +83,11 @@ class SchedulerHooks:
             without=without,
         )
         _note(trace, "nominate", role, answers)
-        return tuple(dict.fromkeys(name for _, names in answers for name in names))
+        found: dict[str, None] = {}
+        for _, names in answers:
+            for name in names:
+                found[name] = None
+        return tuple(found)
 
     def filter_workers(
         self,
@@ -126,30 +130,25 @@ class SchedulerHooks:
 
         Plugins named in ``without`` are not asked: those of weight 0 need not be.
         """
-        totals = {worker.name: 0.0 for worker in workers}
+        combined = {worker.name: NEUTRAL_SCORE for worker in workers}
         answers = self._calls.every(
             "disagg_score_workers",
-            lambda answer: _scores(answer, totals),
+            lambda answer: _scores(answer, combined),
             _about(profile, role, workers, fleet, other),
             without=without,
-            trusted=lambda answer: _trusted_scores(answer, totals),
+            trusted=_trusted_scores,
         )
         _note(trace, "score", role, answers)
-        common = 0.0  # the weight of plugins with an opinion on every worker, as most have
-        partial: dict[str, float] = {}
-        for plugin, scores in answers:
-            weight = weights.get(plugin, 1.0)
-            for name, score in scores.items():
-                totals[name] += weight * score
-            if len(scores) == len(totals):
-                common += weight
-            else:
-                for name in scores:
-                    partial[name] = partial.get(name, 0.0) + weight
-        combined = {
-            name: total / weight if (weight := common + partial.get(name, 0.0)) else NEUTRAL_SCORE
-            for name, total in totals.items()
-        }
+        weighed = [(weights.get(plugin, 1.0), scores) for plugin, scores in answers]
+        for name in combined:
+            total = weight_sum = 0.0
+            for weight, scores in weighed:
+                score = scores.get(name)
+                if score is not None:
+                    total += weight * score
+                    weight_sum += weight
+            if weight_sum:
+                combined[name] = total / weight_sum
         _note(trace, "combined", role, ((CORE, combined),))
         return combined
 
@@ -233,7 +232,7 @@ def _instance(kind: type[T]) -> Callable[[object], T]:
 
 
 def _names(answer: object) -> Sequence[str]:
-    if not isinstance(answer, Sequence) or isinstance(answer, (str, bytes)):
+    if isinstance(answer, (str, bytes)) or not isinstance(answer, Sequence):
         raise NonsenseError(f"answered {type(answer).__name__}, not a list of names")
     if len(answer) > MAX_NOMINEES:
         raise NonsenseError(f"nominated {len(answer)} workers, more than {MAX_NOMINEES}")
@@ -263,14 +262,15 @@ def _worker_names(answer: object, allowed: Collection[str]) -> set[str]:
     return names
 
 
-def _trusted_scores(answer: object, allowed: Mapping[str, float]) -> dict[str, float]:
+def _trusted_scores(answer: object) -> dict[str, float]:
     """Return what a plugin of this project scored; its tests see to it that each is 0 to 1.
 
-    Looking at every score of a dozen answers would cost a decision more than making them.
+    Looking at every score of a dozen answers would cost a decision more than making them. A name
+    that was not asked about is never looked up.
     """
-    if type(answer) is dict and answer.keys() <= allowed.keys():
-        return answer
-    return _scores(answer, allowed)
+    if type(answer) is not dict:
+        raise NonsenseError(f"answered {type(answer).__name__}, not a dictionary of scores")
+    return answer
 
 
 def _scores(answer: object, allowed: Mapping[str, float]) -> dict[str, float]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
 from disagg_plugins.scheduling.prediction import expected_output
-from disagg_plugins.types import IDLE, FleetView, RequestProfile, Role, Worker
+from disagg_plugins.scheduling.worker_scores import kv_room
+from disagg_plugins.types import FleetView, RequestProfile, Role, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,13 +28,4 @@ class KvRoom:
         if role is Role.PREFILL:
             return None  # a prompt's KV stays there for a moment only
         need = profile.prompt_tokens + expected_output(profile.max_output_tokens)
-        scores, loads = {}, fleet.loads
-        for worker in workers:
-            load = loads.get(worker.name, IDLE)
-            used = load.kv_usage
-            if worker.kv_tokens:
-                sent = (load.kv_tokens + need) / worker.kv_tokens
-                used = sent if used is None else max(used, sent)
-            if used is not None:
-                scores[worker.name] = min(1.0, max(0.0, 1.0 - used))
-        return scores
+        return kv_room(workers, fleet.loads, need)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.scheduling.prediction import UsesPredictor
 from disagg_plugins.scheduling.profile_file import read_profile, seed
+from disagg_plugins.scheduling.uses_predictor import UsesPredictor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

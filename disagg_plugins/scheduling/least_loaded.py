@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.types import IDLE, FleetView, Role, Worker, WorkerLoad
+from disagg_plugins.scheduling.worker_scores import least_queued, least_requests
+from disagg_plugins.types import FleetView, Role, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-QUEUE_UNIT_TOKENS = 2048
-"""Queued prompt tokens that halve a prefill worker's score: one step of vLLM's default budget."""
-
-TOKENS_SHARE = 0.99
-"""Share of the queued tokens in a prefill score: requests only tell equal queues apart."""
 
 
 class LeastLoaded:
@@ -29,15 +24,5 @@ class LeastLoaded:
         self, role: Role, workers: Sequence[Worker], fleet: FleetView
     ) -> dict[str, float]:
         """See ``hookspecs.disagg_score_workers``."""
-        score = _prefill_score if role is Role.PREFILL else _decode_score
-        load = fleet.loads.get
-        return {worker.name: score(worker, load(worker.name, IDLE)) for worker in workers}
-
-
-def _decode_score(worker: Worker, load: WorkerLoad) -> float:
-    return 1.0 / (1.0 + load.requests / worker.capacity)
-
-
-def _prefill_score(worker: Worker, load: WorkerLoad) -> float:
-    queue = 1.0 / (1.0 + load.prompt_tokens / QUEUE_UNIT_TOKENS)
-    return TOKENS_SHARE * queue + (1.0 - TOKENS_SHARE) * _decode_score(worker, load)
+        score = least_queued if role is Role.PREFILL else least_requests
+        return score(workers, fleet.loads)

@@ -10,14 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.scheduling.prediction import UsesPredictor, expected_output
-from disagg_plugins.scheduling.prefill_slots import behind_queue
-from disagg_plugins.types import Role
+from disagg_plugins.scheduling.uses_predictor import UsesPredictor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from disagg_plugins.types import FleetView, RequestProfile, Worker
+    from disagg_plugins.types import FleetView, RequestProfile, Role, Worker
 
 
 class PredictedTime(UsesPredictor):
@@ -35,24 +33,8 @@ class PredictedTime(UsesPredictor):
         """See ``hookspecs.disagg_score_workers``."""
         with self.predictor.lock:
             self.predictor.catch_up()
-            times_s = {w.name: self._time_s(profile, role, w, fleet) for w in workers}
-        known = [time_s for time_s in times_s.values() if time_s is not None and time_s > 0.0]
-        if len(known) < len(times_s):
+            times_s = self.predictor.times_s(profile, role, workers, fleet)
+        if not times_s:
             return None
-        least_s = min(known)
-        return {name: least_s / time_s for name, time_s in times_s.items() if time_s}
-
-    def _time_s(
-        self, profile: RequestProfile, role: Role, worker: Worker, fleet: FleetView
-    ) -> float | None:
-        predictor, load = self.predictor, fleet.load(worker)
-        unread = max(0, profile.prompt_tokens - profile.cached_tokens.get(worker.name, 0))
-        if role is Role.PREFILL:
-            load = behind_queue(load, profile.queued_tokens, fleet)
-            return predictor.prefill_s(worker, load, unread)
-        written = expected_output(profile.max_output_tokens)
-        step_s = predictor.step_s(worker, load, profile.prompt_tokens + written / 2)
-        read_s = predictor.prefill_s(worker, load, unread)
-        if step_s is None:
-            return None
-        return written * step_s + (read_s or 0.0)
+        least_s = min(times_s.values())
+        return {name: least_s / time_s for name, time_s in times_s.items()}

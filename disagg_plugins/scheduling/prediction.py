@@ -17,12 +17,10 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal
 
 from disagg_plugins.scheduling.regression import FORGETTING, Regression
-
-if TYPE_CHECKING:
-    from disagg_plugins.types import Worker, WorkerLoad
+from disagg_plugins.types import FleetView, RequestProfile, Role, Worker, WorkerLoad
 
 Phase = Literal["prefill", "decode", "handoff"]
 
@@ -111,6 +109,21 @@ def expected_output(bound: int | None) -> int:
     if bound is None:
         return UNBOUNDED_OUTPUT_TOKENS
     return min(max(1, bound), MOST_OUTPUT_TOKENS)
+
+
+def queue_share(queued_tokens: int, fleet: FleetView) -> int:
+    """Return how many of the tokens that wait at the gateway come before each prefill worker's.
+
+    They are spread evenly over the prefill workers.
+    """
+    if not queued_tokens:
+        return 0
+    return -(-queued_tokens // max(1, len(fleet.serving(Role.PREFILL))))
+
+
+def unread_tokens(profile: RequestProfile, worker: Worker) -> int:
+    """Return the prompt tokens that a worker is not believed to hold."""
+    return max(0, profile.prompt_tokens - profile.cached_tokens.get(worker.name, 0))
 
 
 def prefill_features(tokens: float, queued_tokens: float, running: float) -> tuple[float, ...]:
@@ -232,7 +245,8 @@ class Model:
                 self._of[phase].seed(regression.coefficients)
 
 
-class Fits(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Fits:
     """What the times of one worker are predicted from; None where nothing is known.
 
     Attributes:
@@ -354,13 +368,16 @@ class Predictor:
             return common[phase]
         return own[phase] if own is not None and own[phase].known else None
 
-    def prefill_s(self, worker: Worker, load: WorkerLoad, tokens: float) -> float | None:
+    def prefill_s(
+        self, worker: Worker, load: WorkerLoad, tokens: float, ahead_tokens: int = 0
+    ) -> float | None:
         """Return how long a prompt sent now would take to be read, queue included, in seconds.
 
         Args:
             worker: The worker.
             load: Its load, without this request.
             tokens: Prompt tokens that its cache lacks.
+            ahead_tokens: That will be queued there before it, beside those of ``load``.
         """
         fit = self.fits(worker).prefill
         if fit is None:
@@ -368,7 +385,7 @@ class Predictor:
         # as fit.predict(prefill_features(...)); a decision predicts a dozen times
         base_s, token_s, squared_s, queued_s, running_s = fit.coefficients
         read_s = base_s + token_s * tokens + squared_s * (tokens * tokens)
-        return read_s + queued_s * load.prompt_tokens + running_s * load.requests
+        return read_s + queued_s * (load.prompt_tokens + ahead_tokens) + running_s * load.requests
 
     def step_s(self, worker: Worker, load: WorkerLoad, tokens: float) -> float | None:
         """Return the TPOT of one more request with so many tokens of KV, in seconds.
@@ -383,6 +400,30 @@ class Predictor:
         reading = 0.0 if fits.own is None else fits.own.reading
         step_s = base_s + request_s * (load.requests + 1) + kv_s * (load.kv_tokens + tokens)
         return step_s + read_s * reading
+
+    def times_s(
+        self, profile: RequestProfile, role: Role, workers: Sequence[Worker], fleet: FleetView
+    ) -> dict[str, float] | None:
+        """Return how long each worker takes for its part of a request; None: one is not measured.
+
+        For prefill that is the reading of what its cache lacks, behind what waits. For decode it
+        is the writing, and the reading as well: it may have to do it.
+        """
+        times_s: dict[str, float] = {}
+        reads = role is Role.PREFILL
+        ahead = queue_share(profile.queued_tokens, fleet) if reads else 0
+        written = expected_output(profile.max_output_tokens)
+        held = profile.prompt_tokens + written / 2
+        for worker in workers:
+            load = fleet.load(worker)
+            time_s = self.prefill_s(worker, load, unread_tokens(profile, worker), ahead)
+            if not reads:
+                step_s = self.step_s(worker, load, held)
+                time_s = None if step_s is None else written * step_s + (time_s or 0.0)
+            if time_s is None or time_s <= 0.0:
+                return None
+            times_s[worker.name] = time_s
+        return times_s
 
     def handoff_s(self, decode: Worker, tokens: float) -> float | None:
         """Return the time from the end of reading to the first token elsewhere, in seconds."""
@@ -428,10 +469,3 @@ class Predictor:
                 self._of_kind.popitem(last=False)
                 self._fits.clear()
         return model
-
-
-class UsesPredictor:
-    """A built-in plugin that shares the predictor of its host; alone it has one of its own."""
-
-    def __init__(self, predictor: Predictor | None = None) -> None:
-        self.predictor = predictor or Predictor()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.types import FleetView, Role, Worker, WorkerLoad
+from disagg_plugins.types import FleetView, Role, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,14 +45,3 @@ def has_slot(worker: Worker, fleet: FleetView, most: int | None) -> bool:
     if most is not None and load.prefills >= most:
         return False
     return load.requests < (1 if load.trial else worker.capacity)
-
-
-def behind_queue(load: WorkerLoad, queued_tokens: int, fleet: FleetView) -> WorkerLoad:
-    """Return the load that a request finds which goes after so many prompt tokens at the gateway.
-
-    They are spread evenly over the prefill workers.
-    """
-    if not queued_tokens:
-        return load
-    share = -(-queued_tokens // max(1, len(fleet.serving(Role.PREFILL))))
-    return replace(load, prompt_tokens=load.prompt_tokens + share)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
+from disagg_plugins.scheduling.worker_scores import cached_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,11 +32,11 @@ class PrefixAffinity:
         cached, tokens = profile.cached_tokens, profile.prompt_tokens
         if not cached or not tokens:
             return None
-        return {w.name: min(1.0, cached.get(w.name, 0) / tokens) for w in workers}
+        return cached_share(workers, cached, tokens)
 
     @hookimpl
     def disagg_nominate_workers(self, profile: RequestProfile) -> list[str] | None:
         """See ``hookspecs.disagg_nominate_workers``."""
         if not profile.cached_tokens:
             return None
-        return [name for name, _ in zip(profile.cached_tokens, range(NOMINEES), strict=False)]
+        return list(islice(profile.cached_tokens, NOMINEES))

@@ -39,7 +39,7 @@ A paused process or a first compilation is no property of the worker."""
 LEAST_S = 1e-6
 """Below this times are not told apart."""
 
-LEAST_S = 1e-12
+LEAST_PART_S = 1e-12
 """A part of a time that no clock tells: as good as none."""
 
 USUAL_ERROR = 0.1
@@ -94,7 +94,7 @@ class Regression:
         self.seeded = True
         self._solution = [max(0.0, c) * s for c, s in zip(coefficients, self._scales, strict=True)]
         for i, value in enumerate(self._solution):
-            if value > LEAST_S:
+            if value > LEAST_PART_S:
                 # one observation has a relative error of about USUAL_ERROR, so weighs 1 against it
                 known = (USUAL_ERROR / (SEED_ERROR * value)) ** 2
                 self._matrix[self._pairs.index((i, i))] += known

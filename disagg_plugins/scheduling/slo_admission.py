@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from disagg_plugins import hookimpl
-from disagg_plugins.scheduling.prediction import Predictor, UsesPredictor
-from disagg_plugins.scheduling.prefill_slots import behind_queue
+from disagg_plugins.scheduling.prediction import Predictor, queue_share
+from disagg_plugins.scheduling.uses_predictor import UsesPredictor
 from disagg_plugins.types import FleetView, Refusal, RequestProfile, Role
 
 if TYPE_CHECKING:
@@ -105,14 +105,15 @@ def _choices_s(
     tokens, cached = profile.prompt_tokens, profile.cached_tokens
     decodes = fleet.serving(Role.DECODE)
     prefills = fleet.serving(Role.PREFILL) if profile.unsplittable is None else ()
+    ahead = queue_share(queued_tokens, fleet)
     taking = next((worker for worker in decodes if worker.handoffs), None)
     if taking is not None:
         handoff_s = predictor.handoff_s(taking, tokens) or 0.0
         for worker in prefills:
             if not worker.handoffs or worker.name == taking.name:
                 continue
-            load = behind_queue(fleet.load(worker), queued_tokens, fleet)
-            read_s = predictor.prefill_s(worker, load, tokens - cached.get(worker.name, 0))
+            fresh = tokens - cached.get(worker.name, 0)
+            read_s = predictor.prefill_s(worker, fleet.load(worker), fresh, ahead)
             yield None if read_s is None else read_s + handoff_s
     for worker in decodes:
         if worker.whole:

@@ -4,7 +4,9 @@ Every built-in scheduler plugin is on. Loads move as requests begin and end, as 
 quality of what is decided is told beside the rate: how much fuller the fullest worker is than the
 mean, for the sample and, where that ends in this life, for looking at every worker.
 
-Run: ``make bench NAME=decisions``. Last line: ``{"per_s": {"4": ..., "64": ...}}``.
+Run: ``make bench NAME=decisions``, which measures the compiled build as well where it can be made.
+Last line: ``{"per_s": {"4": ..., "64": ...}, "build": ..., "pure_per_s": {...}}``; ``per_s`` is of
+the compiled build where that was measured, and only then ``pure_per_s`` is there.
 """
 
 from __future__ import annotations
@@ -12,13 +14,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import statistics
+import subprocess
 import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from disagg_plugins.build_kind import build_kind
 from disagg_plugins.gateway.app import GC_YOUNG_OBJECTS
 from disagg_plugins.gateway.fleet import FleetState, Work
 from disagg_plugins.plugins import PluginHost
@@ -133,6 +138,31 @@ def rate(size: int, candidates: int, rule: str, seconds_s: float, seed: int) -> 
     return done / spent_s, statistics.fmean(peaks) if peaks else 0.0
 
 
+COMPILED_TIMEOUT_S = 1800.0
+"""Far beyond what measuring the other build takes."""
+
+
+def measured_by(python: Path, arguments: list[str]) -> dict[str, float]:
+    """Return the rates that another environment, with the compiled build, measures.
+
+    Raises:
+        RuntimeError: It is not the compiled build.
+    """
+    command = [str(python), __file__, *arguments]
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env=environ, check=True,
+        timeout=COMPILED_TIMEOUT_S,
+    )  # fmt: skip
+    *lines, last = ran.stdout.splitlines()
+    found = json.loads(last)
+    print("\n".join(lines), flush=True)
+    if found["build"] != "compiled":
+        raise RuntimeError(f"{python} runs the {found['build']} build, not the compiled one")
+    rates: dict[str, float] = found["per_s"]
+    return rates
+
+
 def main() -> None:
     """Measure every size and print the rates."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -140,8 +170,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rule", default="slo")
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
+    parser.add_argument("--compiled", type=Path, help="Python of an environment with that build")
     given = parser.parse_args()
     per_s: dict[str, float] = {}
+    print(f"{build_kind()} build", flush=True)
     for size in given.sizes:
         sampled, peak = rate(size, CANDIDATES, given.rule, given.seconds, given.seed)
         per_s[str(size)] = round(sampled)
@@ -151,7 +183,13 @@ def main() -> None:
             every, level = rate(size, 4096, given.rule, min(2.0, given.seconds), given.seed)
             line += f"  (all compared: {every:.0f}/s, fullest/mean {level:.2f})"
         print(line, flush=True)
-    print(json.dumps({"per_s": per_s}))
+    result: dict[str, object] = {"per_s": per_s, "build": build_kind()}
+    if given.compiled is not None:
+        arguments = ["--seconds", str(given.seconds), "--seed", str(given.seed)]
+        arguments += ["--rule", given.rule, "--sizes", *map(str, given.sizes)]
+        compiled = measured_by(given.compiled, arguments)
+        result = {"per_s": compiled, "build": "compiled", "pure_per_s": per_s}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

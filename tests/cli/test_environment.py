@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from disagg_plugins import __version__
+from disagg_plugins.build_kind import build_kind
 from disagg_plugins.cli.checks import CheckContext, Finding, Level
 from disagg_plugins.cli.environment import EnvironmentCheck, WorkersCheck
 from disagg_plugins.policy_file import read_policy
@@ -33,12 +35,16 @@ def by_subject(findings: Sequence[Finding]) -> dict[str, Finding]:
 
 def test_machine_that_is_ready_has_no_problem(write_policy: WritePolicy) -> None:
     findings = EnvironmentCheck().run(context(write_policy(handoff={"staging_bytes": "1MiB"})))
-    assert {f.subject for f in findings} == {"python", "secret", "open files", "memory"}
+    assert {f.subject for f in findings} == {
+        "python", "disagg-plugins", "secret", "open files", "memory",
+    }  # fmt: skip
     assert not [f for f in findings if f.level is Level.PROBLEM]
 
 
 def test_without_a_policy_only_the_machine_is_looked_at() -> None:
-    assert [f.subject for f in EnvironmentCheck().run(CheckContext())] == ["python"]
+    found = EnvironmentCheck().run(CheckContext())
+    assert [f.subject for f in found] == ["python", "disagg-plugins"]
+    assert found[1].detail == f"{__version__}, {build_kind()}"
 
 
 @pytest.mark.parametrize(

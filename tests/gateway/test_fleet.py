@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from disagg_plugins.gateway.explanations import Explanation
@@ -104,6 +104,10 @@ STEPS = st.lists(
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(STEPS)
+@example(
+    [("begin", 0, Work()), ("begin", 2, Work()), ("sick", 0, Work()), ("sick", 3, Work())]
+    + [("well", 0, Work())]
+)  # the only one with room is on trial, and had a request before
 def test_what_the_keeper_counts_is_what_looking_at_each_worker_finds(
     steps: list[tuple[str, int, Work]],
 ) -> None:

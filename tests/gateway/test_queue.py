@@ -20,8 +20,9 @@ from tests.gateway.test_faults import free_port, kill, worker_process
 if TYPE_CHECKING:
     from socket import socket
 
+    from disagg_plugins.gateway.pool import WorkerPool
     from disagg_plugins.gateway.worker_state import Work
-    from disagg_plugins.types import RequestProfile
+    from disagg_plugins.types import RequestProfile, Worker
 
 Build = Callable[..., Stack]
 HANG = Behaviour(hang="head")
@@ -91,14 +92,14 @@ def test_no_more_prompts_than_slots_are_read_at_once(build: Build) -> None:
         behaviours={"p0": Behaviour(first_s=0.02)},
     )
     most, prefills = [0], stack.gateway.fleet.states["p0"]
-    begin = stack.gateway.fleet.begin
+    give = stack.gateway.members.give
 
-    def counting(name: str, work: Work) -> Work:
-        given = begin(name, work)
+    def counting(worker: Worker, work: Work) -> tuple[WorkerPool, Work]:
+        given = give(worker, work)
         most[0] = max(most[0], prefills.prefills)
         return given
 
-    stack.gateway.fleet.begin = counting  # type: ignore[method-assign]
+    stack.gateway.members.give = counting  # type: ignore[method-assign]
     statuses: list[int] = []
     clients = [
         threading.Thread(target=lambda: statuses.append(stack.complete()[0])) for _ in range(20)

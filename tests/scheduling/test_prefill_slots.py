@@ -8,7 +8,8 @@ from disagg_plugins.errors import NoCapacityError
 from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy import Policy
 from disagg_plugins.scheduling.decision import Scheduler
-from disagg_plugins.scheduling.prefill_slots import PrefillSlots, behind_queue, has_slot
+from disagg_plugins.scheduling.prediction import queue_share
+from disagg_plugins.scheduling.prefill_slots import PrefillSlots, has_slot
 from disagg_plugins.types import (
     Disaggregated,
     FleetView,
@@ -73,10 +74,10 @@ def test_a_slot_is_room_for_one_more_prompt(load, most, free):
     assert has_slot(P1, FleetView((P1,), {"p1": load}), most) is free
 
 
-@pytest.mark.parametrize(("queued", "tokens"), [(0, 7), (1, 8), (100, 57), (101, 58)])
+@pytest.mark.parametrize(("queued", "tokens"), [(0, 0), (1, 1), (100, 50), (101, 51)])
 def test_what_waits_at_the_gateway_is_spread_over_the_prefill_workers(queued, tokens):
     fleet = FleetView((P1, P2, D), {})
-    assert behind_queue(WorkerLoad(prompt_tokens=7), queued, fleet).prompt_tokens == tokens
+    assert queue_share(queued, fleet) == tokens
 
 
 def test_a_decision_says_when_waiting_would_help():

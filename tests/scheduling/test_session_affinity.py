@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_plugins.scheduling.ring import Ring
-from disagg_plugins.scheduling.session_affinity import MAX_PLACES, SessionAffinity
+from disagg_plugins.scheduling.session_affinity import SessionAffinity
+from disagg_plugins.scheduling.session_places import MAX_PLACES
 from disagg_plugins.types import FleetIndex, FleetView, RequestProfile, Role, Worker, WorkerLoad
 
 WORKERS = tuple(Worker(f"w{i}", f"http://127.0.0.1:{i}", "vllm", Role.BOTH) for i in range(1, 9))
@@ -104,4 +105,4 @@ def test_places_are_remembered_bounded():
         plugin.disagg_nominate_workers(
             profile(f"s{n}"), Role.DECODE, FleetView(WORKERS, {}, index=index)
         )
-    assert len(plugin._places[Role.DECODE].of) <= MAX_PLACES
+    assert len(plugin._places._places[Role.DECODE].of) <= MAX_PLACES

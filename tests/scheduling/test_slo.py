@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from disagg_plugins.policy import Policy
-from disagg_plugins.scheduling.slo import Bounds, Choice, Slo
+from disagg_plugins.scheduling.slo import Slo
+from disagg_plugins.scheduling.slo_choices import Bounds, Choice
 from disagg_plugins.types import FleetIndex, FleetView, RequestProfile, Role, Worker, WorkerLoad
 from tests.scheduling import queueing as q
 

@@ -30,10 +30,10 @@ class Linear:
     def catch_up(self):
         assert self.lock.locked()
 
-    def prefill_s(self, worker, load, tokens):
+    def prefill_s(self, worker, load, tokens, ahead_tokens=0):
         self.asked += 1
         per_s = 1000 if worker.role is Role.PREFILL else 100
-        return (load.prompt_tokens + tokens) / per_s if self.known else None
+        return (load.prompt_tokens + ahead_tokens + tokens) / per_s if self.known else None
 
     def handoff_s(self, decode, tokens):
         return 0.1

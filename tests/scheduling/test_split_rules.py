@@ -136,8 +136,8 @@ def test_the_rules_of_a_host_decide_by_what_its_learning_plugin_was_told():
 
 
 def test_candidates_take_turns_and_are_bounded():
-    workers = list(range(100))
+    workers = [Worker(f"w{n}", "http://127.0.0.1:1", "vllm", Role.BOTH) for n in range(100)]
     looks = [Candidates(8).of(workers), *(c.of(workers) for c in [Candidates(8)] * 20)]
-    assert all(len(look) == 8 == len(set(look)) for look in looks)
-    assert len({w for look in looks for w in look}) == 100
+    assert all(len(look) == 8 == len({w.name for w in look}) for look in looks)
+    assert len({w.name for look in looks for w in look}) == 100
     assert Candidates(8).of(workers[:8]) == workers[:8]
