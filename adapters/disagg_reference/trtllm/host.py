@@ -52,6 +52,7 @@ T = TypeVar("T")
 MATCH_S = 1.0
 """Longest look-up with the radix tree locked that is no wait: hashing 100,000 tokens takes 1 ms."""
 
+LOADS_S = 60.0
 CALL_S = 60.0
 """Longest call into a connector: what takes longer hangs the engine."""
 
@@ -64,6 +65,7 @@ Rule = Literal[
     "hooks never raise",
     "metadata pickles",
     "only asked ids finish",
+    "what is parked is loaded",
     "answers are of the right kind",
 ]
 
@@ -113,9 +115,11 @@ class TrtllmHost:
         scheduler: Class of the scheduler half.
         worker: Class of the worker half.
         era: Whose interface is followed.
-        extra_polls: Further ``get_finished`` an iteration, as the overlap scheduler makes.
+        overlap: Whether it is told as with the overlap scheduler: an iteration does not know the
+            token that the one before samples, and there is a further ``get_finished``.
         none_outputs: Whether iterations in which requests only load have no output at all, as the
             1.2-era may have.
+        loads_s: Longest time that a request may be parked: nothing but the connector wakes it.
 
     Raises:
         BrokenRule: The classes cannot be built.
@@ -129,10 +133,13 @@ class TrtllmHost:
         worker: Callable[[Any], Any],
         *,
         era: Era = "main",
-        extra_polls: int = 0,
+        overlap: bool = False,
         none_outputs: bool = False,
+        loads_s: float = LOADS_S,
     ) -> None:
-        self._era, self._extra_polls, self._none_outputs = era, extra_polls, none_outputs
+        self._era, self._overlap, self._none_outputs = era, overlap, none_outputs
+        self._loads_s = loads_s
+        self._parked: dict[int, float] = {}  # since when
         self._ranks = [_Rank(number) for number in range(len(pools))]
         self._radix = threading.Lock()
         # tokens and blocks told of each id; never forgotten: ids are for an engine's life
@@ -255,6 +262,7 @@ class TrtllmHost:
         """See ``ConnectorHost``: metadata is made on rank 0 and reaches every rank."""
         self._iterated = True
         self._new_loading += [request.request_id for request in batch.parked]
+        self._parked.update((r.request_id, time.monotonic()) for r in batch.parked)
         output: Any = self._output(batch)
         if self._none_outputs and not batch.scheduled:
             output = None
@@ -289,12 +297,15 @@ class TrtllmHost:
     def _data(self, each: Scheduled) -> RequestData12:
         request = each.request
         told_tokens, told_blocks = self._histories.setdefault(request.request_id, ([], []))
-        tokens = request.tokens(0, request.num_tokens)[len(told_tokens) :]
+        known = request.num_tokens
+        if self._overlap and request.output:
+            known -= 1
+        tokens = request.tokens(len(told_tokens), max(known, len(told_tokens)))
         blocks = list(request.blocks[len(told_blocks) :])
         told_tokens += tokens
         told_blocks += blocks
         matched, parked = self._matches.get(request.request_id, (0, False))
-        position = each.start
+        position = each.start if each.start < len(request.prompt) else known - 1
         if each.first and not parked:
             position -= matched  # what is loaded synchronously is not counted yet
         kind = RequestDataMain if self._era == "main" else RequestData12
@@ -343,7 +354,7 @@ class TrtllmHost:
         if not (self._live or self._iterated):
             return (), ()
         self._iterated = False
-        for _ in range(1 + self._extra_polls):
+        for _ in range(2 if self._overlap else 1):
             saving, loading = self._new_saving, self._new_loading
             self._new_saving, self._new_loading = [], []
             for asked in self._pending:
@@ -359,6 +370,13 @@ class TrtllmHost:
         for over in self._over:
             over[0].difference_update(saved)
             over[1].difference_update(loaded)
+        for request_id in loaded:
+            del self._parked[request_id]
+        for request_id, since_s in self._parked.items():
+            if (took_s := time.monotonic() - since_s) > self._loads_s:
+                raise BrokenRule(
+                    "what is parked is loaded", f"request {request_id} waits for {took_s:.1f} s"
+                )
         return sorted(saved), sorted(loaded)
 
     def _note_over(self, rank: int, answer: Any) -> None:

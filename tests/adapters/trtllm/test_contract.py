@@ -81,9 +81,38 @@ def test_a_prompt_that_prefill_has_already_is_published_all_the_same(pair: Build
     assert asked.request.matched_tokens == 69
 
 
+@pytest.mark.parametrize("loads", ["sync", "async"])
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 2)])
-def test_iterations_without_an_output_and_further_polls_change_nothing(pair: Build, ranks) -> None:
-    two = pair(era="1.2", loads="async", ranks=ranks, none_outputs=True, extra_polls=2)
+def test_the_overlap_scheduler_changes_nothing(pair: Build, loads, ranks) -> None:
+    two = pair(loads=loads, ranks=ranks, overlap=True)
+    for length in (16, 41):
+        asked = two.hand_over(prompt(length), 20)
+        assert len(asked.tokens) == 20
+        assert asked.request.matched_tokens == length - 1
+    two.prefill.wait_empty()
+    two.decode.wait_empty()
+
+
+def test_a_block_out_of_a_window_is_nobodys_block(pair: Build) -> None:
+    """-1 is a valid subscript, of a block that is another request's."""
+    two = pair()
+    told = two.prefill.host._data
+
+    def windowed(each):
+        data = told(each)
+        data.new_block_ids[:1] = [-1] * len(data.new_block_ids[:1])
+        return data
+
+    two.prefill.host._data = windowed
+    given, number, ticket = prompt(30), two.number(), two.ticket()
+    two.publish(given, number, ticket)
+    assert two.fetch(given, number, ticket)[0] == 409
+    unmatched(two, given, number)
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 2)])
+def test_iterations_without_an_output_change_nothing(pair: Build, ranks) -> None:
+    two = pair(era="1.2", loads="async", ranks=ranks, none_outputs=True)
     asked = two.hand_over(prompt(40))
     assert len(asked.tokens) == 8
     assert asked.request.matched_tokens == 39
@@ -291,3 +320,15 @@ def test_answers_longer_than_a_block_are_right(pair: Build) -> None:
     asked = two.hand_over(prompt(30), 60)
     assert len(asked.tokens) == 60
     assert asked.tokens == two.prefill.ask(asked.request.prompt, 60).tokens
+
+
+@pytest.mark.parametrize("loads", ["sync", "async"])
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_model_goes_on_as_if_it_had_read_the_prompt(pair: Build, loads, ranks) -> None:
+    two = pair(loads=loads, ranks=ranks, weights=True)
+    for length in (9, 40, 77):
+        asked = two.hand_over(prompt(length), 20)
+        assert asked.tokens == two.prefill.ask(asked.request.prompt, 20).tokens
+        assert asked.request.matched_tokens == length - 1
+    two.prefill.wait_empty()
+    two.decode.wait_empty()
