@@ -169,10 +169,15 @@ class DisaggKvConnectorWorker(WorkerBase):  # type: ignore[misc, valid-type]
         )
 
     def start_load_kv(self, stream: Any) -> None:
-        """Copy what was fetched into its blocks."""
+        """Copy what was fetched into its blocks, once: the engine never clears what it bound.
+
+        An iteration that binds nothing calls this with the plan of the one before, whose blocks may
+        be another request's by then.
+        """
         plan = self._plan()
         if self.side is not None and plan.load:
             self.side.load(plan, stream)
+            plan.load = []
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
         """Return: ``start_load_kv`` has copied all layers."""
@@ -185,6 +190,7 @@ class DisaggKvConnectorWorker(WorkerBase):  # type: ignore[misc, valid-type]
         plan = self._plan()
         if self.side is not None and plan.publish:
             self.side.publish(plan, stream)
+            plan.publish = []
 
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from disagg_plugins.engine.block_kv import BlockSink
@@ -179,12 +179,20 @@ class Fetcher:
         return found if found is not None and self._clock() < found.until_s else None
 
     def take(self, request_id: int) -> Fetched | None:
-        """Keep what was fetched until ``drop``: it is about to be copied."""
+        """Keep what was fetched until ``drop``: it is about to be copied.
+
+        A lease begins anew, for the 1.2-era tells nobody of a request that is cancelled.
+        """
         with self._lock:
             found = self._here.pop(request_id, None)
             if found is not None:
-                self._taken[request_id] = found
+                self._taken[request_id] = replace(found, until_s=self._clock() + self._lease_s)
         return found
+
+    def has(self, request_id: int) -> bool:
+        """Return whether what was fetched for a request is still kept."""
+        with self._lock:
+            return request_id in self._here or request_id in self._taken
 
     def drop(self, request_id: int) -> Fetched | None:
         """Free what was fetched for a request; idempotent."""
@@ -199,9 +207,12 @@ class Fetcher:
         """Free what nobody came for; returns it."""
         now_s = self._clock()
         with self._lock:
-            late = [each for each in self._here.values() if each.until_s <= now_s]
-            for each in late:
-                del self._here[each.request_id]
+            late = []
+            for kept in (self._here, self._taken):
+                gone = [each for each in kept.values() if each.until_s <= now_s]
+                late += gone
+                for each in gone:
+                    del kept[each.request_id]
         for each in late:
             self._arena.free(each.staged.offset)
             log.warning("handoff %s: nobody came for its KV; freed", each.handoff_id)

@@ -143,7 +143,8 @@ class SchedulerSide:
             else:
                 self._loaded(fetched, computed)
             return 0, False
-        self._fetcher.take(request_id)
+        if self._fetcher.take(request_id) is None:  # its lease ended just now
+            return 0, False
         self._decodes[request_id] = _Decode(fetched, computed)
         return wanted, self._settings.asynchronous
 
@@ -181,8 +182,16 @@ class SchedulerSide:
             self._advance(entry, new=True)
         for entry in known:
             self._advance(entry, new=False)
+        self._reap()
         plan, self._plan = self._plan, Plan()
         return plan
+
+    def _reap(self) -> None:
+        """Forget requests that went without a word: the 1.2-era tells nobody of a cancelled one."""
+        for request_id in [i for i in self._decodes if not self._fetcher.has(i)]:
+            del self._decodes[request_id]
+        while len(self._prefills) > MOST_ANNOUNCED:
+            del self._prefills[next(iter(self._prefills))]
 
     def _advance(self, entry: Entry, *, new: bool) -> None:
         decode = self._decodes.get(entry.request_id)

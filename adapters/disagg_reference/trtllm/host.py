@@ -6,7 +6,9 @@ tree locked and with the C++ view of a request; ``update_state_after_alloc`` is 
 without the others knowing; requests that load asynchronously are in no ``SchedulerOutput``;
 metadata is pickled where there is more than one rank, and travels only with a batch; what is
 finished is what all ranks say; ids that nobody asked about are errors; an id that was seen once is
-never new again. What a connector does wrong is a ``BrokenRule`` with the rule's name.
+never new again, and is told by what it has more than its predecessor. Metadata stays bound until
+the next batch's, an engine with nothing to do asks for nothing, and the 1.2-era tells nobody that a
+request was cancelled. What a connector does wrong is a ``BrokenRule`` with the rule's name.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ T = TypeVar("T")
 MATCH_S = 1.0
 """Longest look-up with the radix tree locked that is no wait: hashing 100,000 tokens takes 1 ms."""
 
+LOADS_S = 60.0
 CALL_S = 60.0
 """Longest call into a connector: what takes longer hangs the engine."""
 
@@ -62,6 +65,7 @@ Rule = Literal[
     "hooks never raise",
     "metadata pickles",
     "only asked ids finish",
+    "what is parked is loaded",
     "answers are of the right kind",
 ]
 
@@ -111,9 +115,11 @@ class TrtllmHost:
         scheduler: Class of the scheduler half.
         worker: Class of the worker half.
         era: Whose interface is followed.
-        extra_polls: Further ``get_finished`` an iteration, as the overlap scheduler makes.
+        overlap: Whether it is told as with the overlap scheduler: an iteration does not know the
+            token that the one before samples, and there is a further ``get_finished``.
         none_outputs: Whether iterations in which requests only load have no output at all, as the
             1.2-era may have.
+        loads_s: Longest time that a request may be parked: nothing but the connector wakes it.
 
     Raises:
         BrokenRule: The classes cannot be built.
@@ -127,13 +133,19 @@ class TrtllmHost:
         worker: Callable[[Any], Any],
         *,
         era: Era = "main",
-        extra_polls: int = 0,
+        overlap: bool = False,
         none_outputs: bool = False,
+        loads_s: float = LOADS_S,
     ) -> None:
-        self._era, self._extra_polls, self._none_outputs = era, extra_polls, none_outputs
+        self._era, self._overlap, self._none_outputs = era, overlap, none_outputs
+        self._loads_s = loads_s
+        self._parked: dict[int, float] = {}  # since when
         self._ranks = [_Rank(number) for number in range(len(pools))]
         self._radix = threading.Lock()
-        self._seen: set[int] = set()  # never forgotten: request ids are for an engine's life
+        # tokens and blocks told of each id; never forgotten: ids are for an engine's life
+        self._histories: dict[int, tuple[list[int], list[int]]] = {}
+        self._live: set[int] = set()
+        self._iterated = False
         self._matches: dict[int, tuple[int, bool]] = {}
         self._new_loading: list[int] = []
         self._new_saving: list[int] = []
@@ -231,6 +243,7 @@ class TrtllmHost:
                 f"{matched} tokens behind {computed_tokens} of a prompt of {len(request.prompt)}",
             )
         self._matches[request.request_id] = matched, parks
+        self._live.add(request.request_id)
         return matched, parks
 
     def allocated(self, request: Request, block_ids: Sequence[int]) -> None:
@@ -247,7 +260,9 @@ class TrtllmHost:
 
     def begin(self, batch: Batch) -> None:
         """See ``ConnectorHost``: metadata is made on rank 0 and reaches every rank."""
+        self._iterated = True
         self._new_loading += [request.request_id for request in batch.parked]
+        self._parked.update((r.request_id, time.monotonic()) for r in batch.parked)
         output: Any = self._output(batch)
         if self._none_outputs and not batch.scheduled:
             output = None
@@ -275,23 +290,28 @@ class TrtllmHost:
         kind = SchedulerOutputMain if self._era == "main" else SchedulerOutput12
         output = kind()
         for each in batch.scheduled:
-            request_id = each.request.request_id
-            new = each.first and request_id not in self._seen
-            self._seen.add(request_id)
-            (output.new_requests if new else output.cached_requests).append(self._data(each, new))
+            new = each.request.request_id not in self._histories
+            (output.new_requests if new else output.cached_requests).append(self._data(each))
         return output
 
-    def _data(self, each: Scheduled, new: bool) -> RequestData12:
+    def _data(self, each: Scheduled) -> RequestData12:
         request = each.request
+        told_tokens, told_blocks = self._histories.setdefault(request.request_id, ([], []))
+        known = request.num_tokens
+        if self._overlap and request.output:
+            known -= 1
+        tokens = request.tokens(len(told_tokens), max(known, len(told_tokens)))
+        blocks = list(request.blocks[len(told_blocks) :])
+        told_tokens += tokens
+        told_blocks += blocks
         matched, parked = self._matches.get(request.request_id, (0, False))
-        position = each.start
+        position = each.start if each.start < len(request.prompt) else known - 1
         if each.first and not parked:
             position -= matched  # what is loaded synchronously is not counted yet
-        tokens = list(request.prompt) if new else []
         kind = RequestDataMain if self._era == "main" else RequestData12
-        data = kind(request.request_id, tokens, list(each.new_blocks), position, each.count)
+        data = kind(request.request_id, tokens, blocks, position, each.count)
         if isinstance(data, RequestDataMain):
-            data.new_block_ids_by_layer_group = [list(each.new_blocks)]
+            data.new_block_ids_by_layer_group = [list(blocks)]
         return data
 
     def before_layer(self, layer: int) -> None:
@@ -305,12 +325,14 @@ class TrtllmHost:
     def end(self) -> None:
         """See ``ConnectorHost``."""
         self._on_all("hooks never raise", lambda worker: worker.wait_for_save(None))
-        self._on_all("hooks never raise", lambda worker: worker._clear_connector_meta())
 
     def finished(self, request: Request, block_ids: Sequence[int]) -> bool:
         """See ``ConnectorHost``: asked on rank 0, then broadcast."""
         view, blocks = LlmRequestPython(request.request_id, request.prompt), list(block_ids)
         self._matches.pop(request.request_id, None)
+        self._live.discard(request.request_id)
+        if self._era == "1.2" and _was_cancelled(request):
+            return False  # the loop gives its blocks back, and tells nobody
 
         def ask() -> Any:
             if self._era == "main":
@@ -325,8 +347,14 @@ class TrtllmHost:
         return answer
 
     def poll(self) -> tuple[Sequence[int], Sequence[int]]:
-        """See ``ConnectorHost``: what every rank says is over."""
-        for _ in range(1 + self._extra_polls):
+        """See ``ConnectorHost``: what every rank says is over; nobody is asked while all is idle.
+
+        The executor then waits for a request, so what is being saved stays until one comes.
+        """
+        if not (self._live or self._iterated):
+            return (), ()
+        self._iterated = False
+        for _ in range(2 if self._overlap else 1):
             saving, loading = self._new_saving, self._new_loading
             self._new_saving, self._new_loading = [], []
             for asked in self._pending:
@@ -342,6 +370,13 @@ class TrtllmHost:
         for over in self._over:
             over[0].difference_update(saved)
             over[1].difference_update(loaded)
+        for request_id in loaded:
+            del self._parked[request_id]
+        for request_id, since_s in self._parked.items():
+            if (took_s := time.monotonic() - since_s) > self._loads_s:
+                raise BrokenRule(
+                    "what is parked is loaded", f"request {request_id} waits for {took_s:.1f} s"
+                )
         return sorted(saved), sorted(loaded)
 
     def _note_over(self, rank: int, answer: Any) -> None:
@@ -368,6 +403,11 @@ class TrtllmHost:
                 end()
         for rank in self._ranks:
             rank.close()
+
+
+def _was_cancelled(request: Request) -> bool:
+    output = request.output
+    return len(output) < request.max_tokens and not (output and output[-1] in request.eos)
 
 
 def _get_finished(worker: Any, *, saving: list[int], loading: list[int]) -> Any:

@@ -165,7 +165,10 @@ Build = Callable[..., Pair]
 def pair(
     model: Path, tmp_path: Path, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Build]:
-    """Return what builds two engines; ``change`` may alter the connector's classes first."""
+    """Return what builds two engines; ``change`` may alter the connector's classes first.
+
+    With ``weights`` they compute the generated model, and their KV is what it makes.
+    """
     monkeypatch.setenv("DISAGG_SECRET", SECRET)
     monkeypatch.setenv("DISAGG_POLICY", str(tmp_path / "disagg.yaml"))
     with ExitStack() as stack:
@@ -177,6 +180,7 @@ def pair(
             ranks: tuple[int, int] = (1, 1),
             change: Callable[[Any], None] | None = None,
             handoff: dict[str, Any] | None = None,
+            weights: bool = False,
             prefill: dict[str, Any] | None = None,
             decode: dict[str, Any] | None = None,
             **host: Any,
@@ -203,7 +207,7 @@ def pair(
             ):
                 monkeypatch.setenv("DISAGG_WORKER", name)
                 side = Side(name)
-                _start(side, model, tp_size, era, change, options, host)
+                _start(side, model, tp_size, era, change, options, host, weights=weights)
                 stack.callback(side.engine.close)
                 sides.append(side)
             return Pair(*sides)
@@ -219,6 +223,8 @@ def _start(
     change: Callable[[Any], None] | None,
     options: dict[str, Any],
     more: dict[str, Any],
+    *,
+    weights: bool,
 ) -> None:
     models: list[DeterministicModel] = []
 
@@ -240,12 +246,12 @@ def _start(
                 **more,
             )
         side.scheduler.side._report = side.reports.append
-        return WatchedHost(side.host, models)
+        return side.host if weights else WatchedHost(side.host, models)
 
     engine_options = {"block_size_tokens": 8, "num_blocks": 96} | options
     side.engine = Engine(
         EngineOptions(model=model, tp_size=tp_size, **engine_options),
         make_host=make_host,
-        make_model=make_model,
+        make_model=None if weights else make_model,
     )
     side.engine.start()

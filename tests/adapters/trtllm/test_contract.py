@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from disagg_reference.request import Output, Request
 from disagg_reference.trtllm.interface import ERAS
 from tests.adapters.trtllm.conftest import Build, Pair, prompt
 
@@ -80,9 +81,38 @@ def test_a_prompt_that_prefill_has_already_is_published_all_the_same(pair: Build
     assert asked.request.matched_tokens == 69
 
 
+@pytest.mark.parametrize("loads", ["sync", "async"])
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 2)])
-def test_iterations_without_an_output_and_further_polls_change_nothing(pair: Build, ranks) -> None:
-    two = pair(era="1.2", loads="async", ranks=ranks, none_outputs=True, extra_polls=2)
+def test_the_overlap_scheduler_changes_nothing(pair: Build, loads, ranks) -> None:
+    two = pair(loads=loads, ranks=ranks, overlap=True)
+    for length in (16, 41):
+        asked = two.hand_over(prompt(length), 20)
+        assert len(asked.tokens) == 20
+        assert asked.request.matched_tokens == length - 1
+    two.prefill.wait_empty()
+    two.decode.wait_empty()
+
+
+def test_a_block_out_of_a_window_is_nobodys_block(pair: Build) -> None:
+    """-1 is a valid subscript, of a block that is another request's."""
+    two = pair()
+    told = two.prefill.host._data
+
+    def windowed(each):
+        data = told(each)
+        data.new_block_ids[:1] = [-1] * len(data.new_block_ids[:1])
+        return data
+
+    two.prefill.host._data = windowed
+    given, number, ticket = prompt(30), two.number(), two.ticket()
+    two.publish(given, number, ticket)
+    assert two.fetch(given, number, ticket)[0] == 409
+    unmatched(two, given, number)
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 2)])
+def test_iterations_without_an_output_change_nothing(pair: Build, ranks) -> None:
+    two = pair(era="1.2", loads="async", ranks=ranks, none_outputs=True)
     asked = two.hand_over(prompt(40))
     assert len(asked.tokens) == 8
     assert asked.request.matched_tokens == 39
@@ -211,6 +241,72 @@ def test_requests_that_are_given_up_leave_nothing(pair: Build, loads) -> None:
     two.decode.wait_empty()
 
 
+@pytest.mark.parametrize("loads", ["sync", "async"])
+@pytest.mark.parametrize("era", ERAS)
+def test_a_request_given_up_at_its_first_token_leaves_nothing(pair: Build, era, loads) -> None:
+    """The 1.2-era tells the connector nothing of it: its lease ends what is kept."""
+    two = pair(era=era, loads=loads, handoff={"lease_s": 0.5})
+    given, number, ticket = prompt(60), two.number(), two.ticket()
+    two.publish(given, number, ticket)
+    assert two.fetch(given, number, ticket) == (200, {})
+    outputs: list[Output] = []
+
+    def tell(output: Output) -> None:
+        outputs.append(output)
+        two.decode.engine.cancel(number)
+
+    two.decode.engine.submit(Request(number, given, 400, tell=tell))
+    end_s = time.monotonic() + 10.0
+    while not (outputs and outputs[-1].finish_reason == "abort"):
+        assert time.monotonic() < end_s
+    two.prefill.wait_empty()
+    end_s = time.monotonic() + 10.0
+    while two.decode.used_bytes:
+        assert time.monotonic() < end_s
+    assert two.decode.ask(prompt(20), 2).tokens  # what is planned next forgets them
+    two.decode.wait_empty()
+
+
+@pytest.mark.parametrize("loads", ["sync", "async"])
+def test_a_plan_is_acted_on_once(pair: Build, loads) -> None:
+    """An iteration that binds nothing leaves the last one's metadata with the workers."""
+    two = pair(loads=loads, ranks=(2, 2), handoff={"lease_s": 30.0})
+    asked = two.hand_over(prompt(40), 1)
+    assert len(asked.tokens) == 1
+    for side in (two.prefill, two.decode):
+        published = side.used_bytes
+        for worker, pool in zip(side.workers, side.engine.pools, strict=True):
+            pool.tensor.fill_(1.0)
+            worker.start_load_kv(None)
+            worker.wait_for_save(None)
+            assert worker.get_finished([], []) == ([], [])
+            assert bool((pool.tensor == 1.0).all())
+        assert side.used_bytes <= published
+
+
+def test_a_number_that_comes_again_hands_over_nothing_false(pair: Build) -> None:
+    """The engine never forgets a number: the second prompt is told by what it has more."""
+    two = pair(ranks=(2, 1), handoff={"lease_s": 5.0})
+    number = two.number()
+    for length in (20, 12, 20, 44):
+        given, ticket = prompt(length), two.ticket()
+        two.publish(given, number, ticket)
+        two.fetch(given, number, ticket)
+        assert len(two.decode.ask(given, 9, number).tokens) == 9
+
+
+def test_a_prompt_whose_lease_ends_as_it_is_matched_is_computed(pair: Build) -> None:
+    two = pair()
+    given, number, ticket = prompt(30), two.number(), two.ticket()
+    two.publish(given, number, ticket)
+    assert two.fetch(given, number, ticket) == (200, {})
+    fetcher = two.decode.scheduler._fetcher
+    found = fetcher.look(number)
+    fetcher.drop(number)
+    fetcher.look = lambda _: found
+    unmatched(two, given, number)
+
+
 def test_an_idle_engine_publishes_with_the_step_that_reads_the_prompt(pair: Build) -> None:
     two = pair()
     given, number, ticket = prompt(40), two.number(), two.ticket()
@@ -224,3 +320,15 @@ def test_answers_longer_than_a_block_are_right(pair: Build) -> None:
     asked = two.hand_over(prompt(30), 60)
     assert len(asked.tokens) == 60
     assert asked.tokens == two.prefill.ask(asked.request.prompt, 60).tokens
+
+
+@pytest.mark.parametrize("loads", ["sync", "async"])
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_model_goes_on_as_if_it_had_read_the_prompt(pair: Build, loads, ranks) -> None:
+    two = pair(loads=loads, ranks=ranks, weights=True)
+    for length in (9, 40, 77):
+        asked = two.hand_over(prompt(length), 20)
+        assert asked.tokens == two.prefill.ask(asked.request.prompt, 20).tokens
+        assert asked.request.matched_tokens == length - 1
+    two.prefill.wait_empty()
+    two.decode.wait_empty()

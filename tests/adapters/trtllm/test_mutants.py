@@ -239,6 +239,20 @@ def forgets_nothing(self, right, request_id):
     self._keeps = [*getattr(self, "_keeps", []), request_id]
 
 
+def loads_what_is_new(self, right, output):
+    for data in output.new_requests:
+        self.side.allocated(data.request_id, data.new_block_ids)
+    return right(output)
+
+
+def is_told_of_no_blocks(self, right, request, block_ids):
+    pass
+
+
+def publishes_with_the_first_chunk(self, right, new, known):
+    return right([replace(entry, scheduled=len(entry.tokens)) for entry in new], known)
+
+
 # Copies
 
 
@@ -377,6 +391,20 @@ MUTANTS = {
     "publishes_a_block_too_few": Mutant(
         "a prompt is published with the step that reads it",
         scheduler(plan=publishes_a_block_too_few),
+    ),
+    "loads_what_is_new": Mutant(
+        "what is parked is loaded",
+        hooks(
+            SCHEDULER,
+            build_connector_meta=loads_what_is_new,
+            update_state_after_alloc=is_told_of_no_blocks,
+        ),
+        {"loads": "async", "loads_s": 1.0},
+    ),
+    "publishes_with_the_first_chunk": Mutant(
+        "KV is right",
+        scheduler(plan=publishes_with_the_first_chunk),
+        {"prefill": {"budget_tokens": 16}},
     ),
     "forgets_nothing": Mutant("nothing is left behind", scheduler(finished=forgets_nothing)),
     "k_and_v_swapped": Mutant("KV is right", worker(_heads=k_and_v_swapped)),
