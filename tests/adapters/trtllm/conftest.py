@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-torch = pytest.importorskip("torch", reason="the host of connectors needs torch")
-
-from disagg_plugins.handoff.endpoints import to_json  # noqa: E402
-from disagg_plugins.handoff.tickets import mint, new_handoff_id  # noqa: E402
-from disagg_reference.engine import Engine, EngineOptions  # noqa: E402
-from disagg_reference.request import Output, Request  # noqa: E402
-from disagg_reference.tiny import TinyShape, make_tiny  # noqa: E402
-from disagg_reference.trtllm.host import TrtllmHost, llm_args  # noqa: E402
-from disagg_reference.trtllm.interface import Era, installed  # noqa: E402
-from tests.adapters.trtllm.deterministic import DeterministicModel, WatchedHost  # noqa: E402
+from disagg_plugins.handoff.endpoints import to_json
+from disagg_plugins.handoff.tickets import mint, new_handoff_id
+from disagg_reference.engine import Engine, EngineOptions
+from disagg_reference.request import Output, Request
+from disagg_reference.tiny import TinyShape, make_tiny
+from disagg_reference.trtllm.host import TrtllmHost, llm_args
+from disagg_reference.trtllm.interface import Era, installed
+from tests.adapters.trtllm.deterministic import DeterministicModel, WatchedHost
 
 torch.set_num_threads(1)
 
