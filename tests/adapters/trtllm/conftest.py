@@ -90,9 +90,12 @@ class Side:
         """Tell the connector of a handoff, as the gateway does."""
         host, _, port = self.scheduler._announcements.address.rpartition(":")
         connection = HTTPConnection(host, int(port), timeout=WAIT_S)
-        connection.request("POST", "/announce", json.dumps(said))
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+        try:
+            connection.request("POST", "/announce", json.dumps(said))
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
 
     def ask(self, given: tuple[int, ...], max_tokens: int = 8, request_id: int = 0) -> Asked:
         return Asked(self, given, max_tokens, request_id or next(NUMBERS))
