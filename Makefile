@@ -149,7 +149,7 @@ model-tests: model
 # --- checks -----------------------------------------------------------------------------------
 
 # Tests without an engine mostly wait (for time-outs, for processes), so more than the cores is right.
-JOBS ?= 3
+JOBS ?= 5
 
 lint: $(DEV)/.ready ## Check style, import rules and types.
 	$(DEV)/bin/ruff check .
