@@ -239,10 +239,12 @@ async def run_server(server: Server, host: str, port: int, stop: asyncio.Event) 
     Raises:
         OSError: Nothing can listen there.
     """
-    runner = web.AppRunner(server.app, handler_cancellation=True, access_log=None)
+    runner = web.AppRunner(
+        server.app, handler_cancellation=True, access_log=None, shutdown_timeout=HTTP_CLOSE_S
+    )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, shutdown_timeout=HTTP_CLOSE_S).start()
+        await web.TCPSite(runner, host, port).start()
         log.info("disagg: the reference engine listens at http://%s:%d", host, port)
         await stop.wait()
     finally:
