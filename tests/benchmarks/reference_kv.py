@@ -21,9 +21,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "adapters"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "adapters"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from disagg_reference.pool import DTYPES, gather_blocks, scatter_blocks
 
