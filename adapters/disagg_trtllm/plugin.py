@@ -13,6 +13,7 @@ from disagg_plugins import hookimpl
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from disagg_plugins.cli.checks import Check
     from disagg_plugins.gateway.dialect import Dialect
 
 
@@ -23,3 +24,11 @@ def disagg_register_dialects() -> Sequence[Dialect]:
     from disagg_trtllm.native import NativeTrtllmDialect
 
     return [TrtllmDialect(), NativeTrtllmDialect()]
+
+
+@hookimpl
+def disagg_register_checks() -> Sequence[Check]:
+    """Offer the questions that ``disagg doctor`` asks about TensorRT-LLM."""
+    from disagg_trtllm.checks import TrtllmCheck
+
+    return [TrtllmCheck()]

@@ -51,7 +51,8 @@ def is_there(path):
     if names and (place / (names[0] + ".py")).is_file():
         file = place / (names.pop(0) + ".py")
     text = file.read_text("utf-8", "replace") if names and file.is_file() else ""
-    return all(re.search(r"^\s*(async def|def|class) %s\b" % name, text, re.M) for name in names)
+    defined = r"^\s*(?:(?:async def|def|class) %s\b|%s\s*:)"
+    return all(re.search(defined % (name, name), text, re.M) for name in names)
 spec = importlib.util.find_spec(asked["package"])
 folder = pathlib.Path(spec.origin).parent if spec and spec.origin else None
 points = metadata.entry_points(group=asked["group"])
@@ -73,7 +74,7 @@ class Question:
         group: The group of entry points in which the engine looks for plugins.
         distributions: Whose versions are wanted, beside this project's.
         paths: Dotted paths in ``package`` that the adapter needs: modules, or names that are
-            defined in a module by ``def`` or ``class``.
+            defined in a module by ``def`` or ``class``, or as an annotated field.
     """
 
     package: str

@@ -535,15 +535,16 @@ class Exchange:
             self._answers.break_off(self._last, command, events=self._streams)
 
     def _answer_verbatim(self, command: f.Command) -> None:
-        side = command.side if isinstance(command, f.AnswerVerbatim) else "decode"
-        heard = self._calls.heard[side]
+        said = command if isinstance(command, f.AnswerVerbatim) else f.AnswerVerbatim("decode")
+        if said.answer is not None:
+            self._answers.whole(*self._bodies.as_asked(said.answer))
+            return
+        heard = self._calls.heard[said.side]
         self._answers.verbatim(heard.status, heard.headers, heard.body())
 
-    def _answer_own(self, command: f.Command) -> None:
+    def _answer_error(self, command: f.Command) -> None:
         if isinstance(command, f.AnswerError):
             self._answers.error(command.status, command.message, code=command.code)
-        elif isinstance(command, f.AnswerWhole):
-            self._answers.whole(*self._bodies.as_asked(command.answer))
 
     def _cancel(self, command: f.Command) -> None:
         side = command.side if isinstance(command, f.Cancel) else "decode"
@@ -591,8 +592,7 @@ _EXECUTE = {
     f.CompleteAnswer: Exchange._complete_answer,
     f.BreakAnswer: Exchange._break_answer,
     f.AnswerVerbatim: Exchange._answer_verbatim,
-    f.AnswerError: Exchange._answer_own,
-    f.AnswerWhole: Exchange._answer_own,
+    f.AnswerError: Exchange._answer_error,
     f.Cancel: Exchange._cancel,
     f.Note: Exchange._note,
     f.Adopt: Exchange._adopt,

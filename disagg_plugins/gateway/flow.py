@@ -7,7 +7,7 @@ Rules, all of which live in this file:
 * Prefill fails (refused, time-out, 5xx, garbage, no handoff in its answer; 404, 408 and 429 too):
   the decode worker computes the prompt itself. Slower, never lost. Where its engine cannot, a
   worker that serves whole requests takes over; where there is none, the client gets the error.
-* Prefill answers another 4xx: the request is wrong, the client gets that answer as it is.
+* Prefill answers another 4xx, or has ended the answer already: the client gets that.
 * Decode fails before a byte of its answer reached the client: one retry without the handoff, on
   another decode worker where there is one, if the budget of retries allows it (the executor says
   ``NoWorker`` where not). A 4xx that follows an accepted prefill is retried on the same worker:
@@ -199,13 +199,6 @@ class SendPrefill:
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerWhole:
-    """Prefill has ended the answer: send it."""
-
-    answer: Body
-
-
-@dataclass(frozen=True, slots=True)
 class SendDecode:
     """Call the decode worker with the handoff."""
 
@@ -256,9 +249,10 @@ class BreakAnswer:
 
 @dataclass(frozen=True, slots=True)
 class AnswerVerbatim:
-    """Give the client the complete answer of one side as it is."""
+    """Give the client the complete answer of one side, or ``answer`` in the form it asked for."""
 
     side: Side
+    answer: Body | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +297,6 @@ class Finish:
 
 Command = (
     SendPrefill
-    | AnswerWhole
     | SendDecode
     | SendLocal
     | Resume
@@ -399,7 +392,7 @@ class Flow:
         published = event.published if isinstance(event, PrefillAnswered) else None
         if published is not None and published.answer is not None:
             self.state = State.DONE
-            return [AnswerWhole(published.answer), Finish("ok")]
+            return [AnswerVerbatim("prefill", published.answer), Finish("ok")]
         self.handoff = True
         return [SendDecode(published)]
 

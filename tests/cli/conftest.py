@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -10,18 +13,27 @@ from typing import Any
 import pytest
 import yaml
 
+from disagg_plugins.cli.main import main
+
 Disagg = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
 def disagg() -> Disagg:
-    """Return a function that runs ``disagg`` with arguments in a process of its own."""
+    """Return a function that runs ``disagg`` with arguments.
+
+    It runs in this process, which saves a second; in one of its own where a test asks for
+    ``process=True`` or gives options of ``subprocess.run``.
+    """
 
     def run(
-        *args: object, env: dict[str, str] | None = None, **options: Any
+        *args: object, env: dict[str, str] | None = None, process: bool = False, **options: Any
     ) -> subprocess.CompletedProcess[str]:
+        words = [str(arg) for arg in args]
+        if not process and not options:
+            return in_this_process(words, env or {})
         return subprocess.run(
-            [sys.executable, "-m", "disagg_plugins.cli.main", *map(str, args)],
+            [sys.executable, "-m", "disagg_plugins.cli.main", *words],
             capture_output=True,
             text=True,
             timeout=50,
@@ -30,6 +42,28 @@ def disagg() -> Disagg:
         )
 
     return run
+
+
+def in_this_process(words: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command, and leave logging and environment as they were."""
+    out, err = io.StringIO(), io.StringIO()
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        for name, value in env.items():
+            patch.setenv(name, value)
+        try:
+            code = main(words)
+        except SystemExit as exc:  # argparse
+            code = exc.code if isinstance(exc.code, int) else 1
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(level)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -177,5 +177,6 @@ def test_finished_requests_are_not_kept_alive(build: Build) -> None:
     stack.wait_idle()
     eventually(lambda: len(stack.gateway.ledger) == 0, "all handoffs are settled")
     gc.collect()
-    alive = [o for o in gc.get_objects() if isinstance(o, Exchange)]
+    # not isinstance: it asks proxies of other libraries for their class, which may warn
+    alive = [o for o in gc.get_objects() if type(o) is Exchange]
     assert len(alive) <= 2, [gc.get_referrers(o) for o in alive]

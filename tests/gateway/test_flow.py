@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from disagg_plugins.errors import LocalProtocolError
+from disagg_plugins.gateway.dialect import Published
 from disagg_plugins.gateway.flow import (
     NOT_BEGUN,
     Adopt,
@@ -49,7 +50,7 @@ from disagg_plugins.testing.script import Script
 if TYPE_CHECKING:
     from disagg_plugins.types import Family
 
-PARAMS: dict[str, object] = {"disagg": {"num_tokens": 9}}
+PARAMS = Published(9, ({},))
 NOT_OURS = (404, 408, 429)
 
 
@@ -79,6 +80,12 @@ def streaming() -> Script[Event, Command]:
 
 def test_relay_calls_prefill_then_decode_then_streams() -> None:
     streaming().on(DecodeEnded()).expect(CompleteAnswer(), Finish("ok"))
+
+
+def test_what_prefill_has_ended_is_answered_and_nobody_decodes() -> None:
+    answer: dict[str, object] = {"choices": []}
+    ended = PrefillAnswered(Published(9, (), answer=answer))
+    relay().on(ended).expect(AnswerVerbatim("prefill", answer), Finish("ok"))
 
 
 def resuming(resumes: int = 1) -> Script[Event, Command]:

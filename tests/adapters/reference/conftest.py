@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="the reference engine needs torch")
-
-from disagg_reference.engine import Engine, EngineOptions  # noqa: E402
-from disagg_reference.request import Output, Request  # noqa: E402
-from disagg_reference.tiny import make_tiny  # noqa: E402
+from disagg_reference.engine import Engine, EngineOptions
+from disagg_reference.request import Output, Request
+from disagg_reference.tiny import make_tiny
 
 torch.set_num_threads(1)
 NUMBERS = itertools.count(1)

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-torch = pytest.importorskip("torch", reason="the host of connectors needs torch")
-
-from disagg_plugins.handoff.endpoints import to_json  # noqa: E402
-from disagg_plugins.handoff.tickets import mint, new_handoff_id  # noqa: E402
-from disagg_reference.engine import Engine, EngineOptions  # noqa: E402
-from disagg_reference.request import Output, Request  # noqa: E402
-from disagg_reference.tiny import TinyShape, make_tiny  # noqa: E402
-from disagg_reference.trtllm.host import TrtllmHost, llm_args  # noqa: E402
-from disagg_reference.trtllm.interface import Era, installed  # noqa: E402
-from tests.adapters.trtllm.deterministic import DeterministicModel, WatchedHost  # noqa: E402
+from disagg_plugins.handoff.endpoints import to_json
+from disagg_plugins.handoff.tickets import mint, new_handoff_id
+from disagg_reference.engine import Engine, EngineOptions
+from disagg_reference.request import Output, Request
+from disagg_reference.tiny import TinyShape, make_tiny
+from disagg_reference.trtllm.host import TrtllmHost, llm_args
+from disagg_reference.trtllm.interface import Era, installed
+from tests.adapters.trtllm.deterministic import DeterministicModel, WatchedHost
 
 torch.set_num_threads(1)
 
@@ -91,9 +90,12 @@ class Side:
         """Tell the connector of a handoff, as the gateway does."""
         host, _, port = self.scheduler._announcements.address.rpartition(":")
         connection = HTTPConnection(host, int(port), timeout=WAIT_S)
-        connection.request("POST", "/announce", json.dumps(said))
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+        try:
+            connection.request("POST", "/announce", json.dumps(said))
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
 
     def ask(self, given: tuple[int, ...], max_tokens: int = 8, request_id: int = 0) -> Asked:
         return Asked(self, given, max_tokens, request_id or next(NUMBERS))
