@@ -113,7 +113,10 @@ class Answer:
         }
 
     def _best(self, best: Mapping[int, float]) -> Plain:
-        return {self._text.token(token): value for token, value in best.items()}
+        found: Plain = {}
+        for token, value in best.items():  # the best one first: halves of characters look alike
+            found.setdefault(self._text.token(token), value)
+        return found
 
     def _chat_logprob(self, output: Output) -> Plain:
         def entry(token: int, value: float | None) -> Plain:

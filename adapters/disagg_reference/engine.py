@@ -339,7 +339,9 @@ class Engine:
         if sampler is None:
             sampler = self._samplers[request.request_id] = Sampler(request.sampling)
         if len(request.output) < request.min_tokens and request.eos:
-            logits[list(request.eos)] = -torch.inf
+            # a copy: what inference mode made cannot be written to out of it
+            ends = torch.tensor(sorted(request.eos), device=logits.device)
+            logits = logits.index_fill(0, ends, -torch.inf)
         chosen = sampler.choose(logits)
         request.output.append(chosen.token)
         if chosen.token in request.eos:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 MAX_SEED = 1 << 63
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below it are greedy, as in vLLM: logits divided by them leave float32's range."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -37,7 +40,7 @@ class Sampler:
     def __init__(self, how: Sampling) -> None:
         self._how = how
         self._generator: torch.Generator | None = None
-        if how.temperature > 0.0:
+        if how.temperature >= GREEDY_BELOW:
             self._generator = torch.Generator()
             if how.seed is None:
                 self._generator.seed()

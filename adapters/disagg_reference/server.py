@@ -88,15 +88,15 @@ class Server:
             self._engine.cancel(request.request_id)  # it is over, or its client went
 
     def _request(self, asked: Asked, tell: Callable[[Output], None]) -> Request:
-        if asked.chat:
-            try:
+        try:
+            if asked.chat:
                 prompt = tuple(self._text.chat(asked.messages))
-            except ValueError as exc:
-                raise BadRequest(str(exc)) from exc
-        elif isinstance(asked.prompt, str):
-            prompt = tuple(self._text.encode(asked.prompt))
-        else:
-            prompt = asked.prompt
+            elif isinstance(asked.prompt, str):
+                prompt = tuple(self._text.encode(asked.prompt))
+            else:
+                prompt = asked.prompt
+        except ValueError as exc:
+            raise BadRequest(str(exc)) from exc
         room = self._engine.config.max_tokens - len(prompt)
         return Request(
             next(self._ids) if asked.request_id is None else asked.request_id,
@@ -239,10 +239,12 @@ async def run_server(server: Server, host: str, port: int, stop: asyncio.Event) 
     Raises:
         OSError: Nothing can listen there.
     """
-    runner = web.AppRunner(server.app, handler_cancellation=True, access_log=None)
+    runner = web.AppRunner(
+        server.app, handler_cancellation=True, access_log=None, shutdown_timeout=HTTP_CLOSE_S
+    )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, shutdown_timeout=HTTP_CLOSE_S).start()
+        await web.TCPSite(runner, host, port).start()
         log.info("disagg: the reference engine listens at http://%s:%d", host, port)
         await stop.wait()
     finally:

@@ -33,8 +33,19 @@ class Text:
         self._render = load_chat_template(folder)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a completion's prompt, special tokens added as the model wants them."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+        """Return the ids of a completion's prompt, special tokens added as the model wants them.
+
+        Raises:
+            ValueError: Half a surrogate pair is in it, which JSON can carry and UTF-8 cannot.
+        """
+        return self._encode(text, special=True)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise ValueError(f"no text: half a surrogate pair at character {exc.start}") from exc
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
     def chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
@@ -49,8 +60,7 @@ class Text:
             text = self._render({"messages": messages, "add_generation_prompt": True})
         except Exception as exc:  # whatever the template raises
             raise ValueError(f"the chat template refuses these messages: {exc}") from exc
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encode(text, special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some tokens, special ones left out."""
