@@ -149,7 +149,7 @@ def config_of(said: Mapping[str, object], *, file: str | None = None) -> ModelCo
         rms_eps=values.number("rms_norm_eps", 1e-6),
         tied=bool(said.get("tie_word_embeddings", False)),
         rope=_rope(said, file),
-        eos=_eos(said.get("eos_token_id")),
+        eos=_eos(said.get("eos_token_id"), values.int("vocab_size"), file),
     )
 
 
@@ -176,9 +176,13 @@ def _rope(said: Mapping[str, object], file: str | None) -> Rope:
     )
 
 
-def _eos(given: object) -> frozenset[int]:
+def _eos(given: object, vocab_size: int, file: str | None) -> frozenset[int]:
     found = given if isinstance(given, list) else [given]
-    return frozenset(token for token in found if type(token) is int)
+    tokens = frozenset(token for token in found if type(token) is int)
+    if any(not 0 <= token < vocab_size for token in tokens):
+        problem = f"{given!r} is outside the {vocab_size} tokens of the model"
+        raise ConfigError(problem, file=file, key="eos_token_id")
+    return tokens
 
 
 class _Values:

@@ -14,6 +14,9 @@ MOST_LOGPROBS = 20
 MOST_STOPS = 16
 MAX_STOP_CHARS = 256
 
+LEAST_ID = 1 << 40
+"""Of a request that others number (TensorRT-LLM's ``MIN_GLOBAL_ID``); our own are below."""
+
 UNSUPPORTED = (
     "audio",
     "best_of",
@@ -163,8 +166,8 @@ def _handoff(body: Mapping[str, object]) -> tuple[Mapping[str, object], int | No
             "has TensorRT-LLM's KV connector interface, not its cache transceiver"
         )
     request_id = params.get("disagg_request_id")
-    if type(request_id) is not int or not 0 < request_id < 1 << 63:
-        raise BadRequest(f"disagg_request_id is {request_id!r:.40}, no positive 63-bit number")
+    if type(request_id) is not int or not LEAST_ID <= request_id < 1 << 63:
+        raise BadRequest(f"disagg_request_id is {request_id!r:.40}, no number of 41 to 63 bits")
     return params, request_id
 
 

@@ -115,3 +115,8 @@ def test_a_file_that_is_none_is_named(tmp_path: Path, text: str | None, problem:
 def test_all_of_it_is_there_as_attributes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "unknown": 3}))
     assert raw_config(tmp_path).unknown == 3
+
+
+def test_an_end_token_that_the_model_lacks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="outside the"):
+        config_of({**LLAMA, "eos_token_id": 1 << 40})
