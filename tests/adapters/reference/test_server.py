@@ -296,8 +296,16 @@ def test_a_client_that_leaves_frees_its_blocks(serve) -> None:
         assert steps.acquire(timeout=WAIT_S)
     assert client.engine.stats()["blocks_used"]
     assert connection.sock is not None
+    cancelled, cancel = threading.Event(), client.engine.cancel
+
+    def watched(request_id: int) -> None:
+        cancel(request_id)
+        cancelled.set()
+
+    client.engine.cancel = watched
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
+    assert cancelled.wait(WAIT_S), "the server notices"
     go_on.set()
     assert client.settled()["steps"] < 900
 
