@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from disagg_plugins.cli.checks import Check
     from disagg_plugins.gateway.dialect import Dialect
+    from disagg_plugins.launch.interfaces import Launcher
 
 
 @hookimpl
@@ -32,3 +33,13 @@ def disagg_register_checks() -> Sequence[Check]:
     from disagg_trtllm.checks import TrtllmCheck
 
     return [TrtllmCheck()]
+
+
+@hookimpl
+def disagg_register_launchers() -> Sequence[Launcher]:
+    """Offer the way to start ``trtllm-serve``."""
+    from disagg_trtllm.dialect import TrtllmDialect
+    from disagg_trtllm.launcher import TrtllmLauncher
+    from disagg_trtllm.native import NativeTrtllmDialect
+
+    return [TrtllmLauncher(TrtllmDialect.engine), TrtllmLauncher(NativeTrtllmDialect.engine)]
