@@ -105,6 +105,9 @@ class NoHost:
     def end(self) -> None:
         """See ``ConnectorHost``."""
 
+    def cancel(self, request: Request) -> None:
+        """See ``ConnectorHost``."""
+
     def finished(self, request: Request, block_ids: Sequence[int]) -> bool:
         """See ``ConnectorHost``."""
         return False
@@ -169,6 +172,7 @@ class Engine:
         self._held: dict[int, Request] = {}  # over, their blocks still being saved
         self._abandoned: set[int] = set()  # cancelled while their KV is being loaded
         self._steps = 0
+        self._stuck = False  # requests wait for blocks that others have
         self._wake = threading.Condition()
         self._arrived: deque[Request] = deque()
         self._cancelled: deque[int] = deque()
@@ -269,19 +273,22 @@ class Engine:
         try:
             while self._receive():
                 self._iterate()
-        except Exception as exc:
+        except BaseException as exc:  # whatever it is, nobody may wait for a dead engine
             log.exception("disagg: the engine failed at iteration %d", self._steps)
             with self._wake:
-                self._problem = f"the engine failed: {exc}"
+                self._problem = f"the engine failed: {type(exc).__name__}: {exc}"
         finally:
-            self._end_all()
-            self._host.close()
+            try:
+                self._end_all()
+            finally:
+                self._host.close()
 
     def _receive(self) -> bool:
         """Take what came in, waiting for it where there is nothing to do; False: to be closed."""
         with self._wake:
             moving = bool(self._held or self._scheduler.loading)
-            if not (self._arrived or self._cancelled or self._closing or self._busy()):
+            ready = self._busy() and not self._stuck
+            if not (self._arrived or self._cancelled or self._closing or ready):
                 self._wake.wait(POLL_S if moving else IDLE_S)
             arrived, cancelled = list(self._arrived), list(self._cancelled)
             self._arrived.clear()
@@ -299,7 +306,8 @@ class Engine:
 
     def _iterate(self) -> None:
         batch = self._scheduler.plan(self._host.match, self._host.allocated)
-        if batch.scheduled or batch.parked:
+        self._stuck = not (batch.scheduled or batch.parked)
+        if not self._stuck:
             self._steps += 1
             if self._before_step is not None:
                 self._before_step(self._steps)
@@ -374,6 +382,7 @@ class Engine:
             return
         if request.state is State.LOADING:
             self._abandoned.add(request_id)  # its blocks are being written to
+            self._host.cancel(request)
         else:
             self._over(request, Output(None, "abort"))
 
@@ -396,7 +405,10 @@ class Engine:
         last = Output(None, "error", problem) if problem else Output(None, "abort")
         for request in left:
             request.state = State.OVER
-            request.tell(last)
+            try:
+                request.tell(last)
+            except Exception:  # the others hear of it all the same
+                log.exception("disagg: request %d cannot be told", request.request_id)
 
 
 def pool_shapes(options: EngineOptions, config: ModelConfig) -> list[PoolShape]:

@@ -134,6 +134,10 @@ class FaultyHost:
         if not self._faults.drop_transfers:
             self._host.end()
 
+    def cancel(self, request: Request) -> None:
+        """See ``ConnectorHost``."""
+        self._host.cancel(request)
+
     def finished(self, request: Request, block_ids: Sequence[int]) -> bool:
         """See ``ConnectorHost``."""
         self._brought.pop(request.request_id, None)

@@ -97,6 +97,10 @@ class ConnectorHost(Protocol):
         """The forward pass is over."""
         ...
 
+    def cancel(self, request: Request) -> None:
+        """A request that loads is given up: it is to be named as loaded as soon as may be."""
+        ...
+
     def finished(self, request: Request, block_ids: Sequence[int]) -> bool:
         """A request is over; True: its blocks stay until ``poll`` names it as saved."""
         ...

@@ -227,6 +227,13 @@ class NativeHost:
             endpoints=to_json([rank.endpoint for rank in self.ranks]),
         )
 
+    def cancel(self, request: Request) -> None:
+        """See ``ConnectorHost``: nobody waits for the load any more."""
+        with self._lock:
+            load = self._loads.get(request.request_id)
+        for cancellation in load.cancellations if load is not None else ():
+            cancellation.cancel("its client went")
+
     def finished(self, request: Request, block_ids: Sequence[int]) -> bool:
         """See ``ConnectorHost``: what was published has been copied."""
         return False

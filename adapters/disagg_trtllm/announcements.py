@@ -7,6 +7,7 @@ here, or cannot be.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -29,6 +30,9 @@ MAX_TICKET_CHARS = 1024
 MAX_TOKENS = 1 << 26
 MAX_ENDPOINTS = 256
 SILENCE_S = 10.0
+WHOLE_S = 15.0
+"""Until an announcement has been said; the gateway needs milliseconds."""
+
 MOST_CONNECTIONS = 64
 POLL_S = 0.05
 CLOSE_S = 5.0
@@ -166,6 +170,24 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = SILENCE_S
 
+    def handle(self) -> None:
+        """Serve one announcement; who takes too long to say it is cut off."""
+        self.deadline = threading.Timer(WHOLE_S, self._cut_off)
+        self.deadline.daemon = True
+        self.deadline.start()
+        try:
+            super().handle()
+        finally:
+            self.deadline.cancel()
+
+    def _cut_off(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def version_string(self) -> str:
+        """Return what the head of an answer says of this server."""
+        return "disagg"
+
     def do_POST(self) -> None:
         """Take an announcement."""
         self.close_connection = True
@@ -174,7 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(400, "an announcement of at most 256 KiB is expected")
             return
         try:
-            self.server.take(read_announcement(self.rfile.read(int(length))))
+            body = self.rfile.read(int(length))
+            self.deadline.cancel()  # what is announced has bounds of its own
+            self.server.take(read_announcement(body))
         except AuthenticationError:
             self._answer(403, "the ticket is not good for this worker")
         except RemoteProtocolError as exc:

@@ -70,8 +70,11 @@ class DisaggKvConnectorScheduler(SchedulerBase):  # type: ignore[misc, valid-typ
             report=self._reporter.send,
         )
         policy = settings.policy.handoff
+        everywhere = policy.listen_host in ("0.0.0.0", "::")
         self._announcements = Announcements(
-            policy.listen_host, self.side.announced, advertise_host=policy.advertise_host
+            policy.listen_host,
+            self.side.announced,
+            advertise_host=policy.advertise_host or (os.uname().nodename if everywhere else None),
         )
         self._reporter.send(
             {
@@ -99,7 +102,9 @@ class DisaggKvConnectorScheduler(SchedulerBase):  # type: ignore[misc, valid-typ
 
     def build_connector_meta(self, scheduler_output: Any) -> Plan:
         """Return what every rank does in this iteration."""
-        return _unraised(lambda: self.side.plan(*compat.entries(scheduler_output)), Plan())
+        plan = _unraised(lambda: self.side.plan(*compat.entries(scheduler_output)), None)
+        # an output that cannot be read must not lose the loads that were promised
+        return self.side.pending() if plan is None else plan
 
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
         """Forget the request; its blocks may go at once: what was published has been copied."""

@@ -34,6 +34,10 @@ SWEEP_S = 1.0
 
 CLOSE_S = 5.0
 
+TAKEN_LEASES = 4
+"""Leases for what is about to be copied: an iteration may compile for long. Who copies later than
+that fails rather than copy what may be another prompt's by now."""
+
 MOST_ENTRIES = 4096
 """Fetched prompts at once; each is bounded by the staging as well."""
 
@@ -186,7 +190,8 @@ class Fetcher:
         with self._lock:
             found = self._here.pop(request_id, None)
             if found is not None:
-                self._taken[request_id] = replace(found, until_s=self._clock() + self._lease_s)
+                until_s = self._clock() + TAKEN_LEASES * self._lease_s
+                found = self._taken[request_id] = replace(found, until_s=until_s)
         return found
 
     def has(self, request_id: int) -> bool:

@@ -2,8 +2,8 @@
 
 The context server is asked with ``context_only`` and answers with parameters that nobody here looks
 into; the generation server gets them back with ``generation_only``. Where the context server has
-ended the answer already (an end token came first, or one token was asked for), its answer is the
-client's. Imports no engine.
+ended the answer already, because an end token came first, its answer is the client's. Imports no
+engine.
 
 From ``tensorrt_llm/serve/openai_disagg_service.py`` at 00bb903d, context first. Written against the
 published interface, exercised on servers that follow it, not run on TensorRT-LLM here.
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 GOES_ON = ("length", "not_finished")
 """Reasons by which a context server ends that leave the rest to the generation server."""
+
+ENDED = ("stop", "tool_calls", "function_call", "content_filter")
+"""Reasons by which an answer is over. Any other (a time-out, none) is a failure of that server."""
 
 MAX_STATE_CHARS = 8 << 20
 """Of the parameters' opaque text; in use are some KiB. All of it goes to the generation server."""
@@ -78,7 +81,10 @@ class NativeTrtllmDialect:
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise RemoteProtocolError("the context server's answer has not exactly one choice")
         choice = choices[0]
-        if choice.get("finish_reason") not in GOES_ON:
+        reason = choice.get("finish_reason")
+        if reason not in (*GOES_ON, *ENDED):
+            raise RemoteProtocolError(f"the context server ended with {reason!r:.40}")
+        if reason in ENDED:
             return Published(_read(answer), (), answer=_for_the_client(answer, choice))
         params = choice.get(KEY)
         if not isinstance(params, dict):

@@ -54,6 +54,7 @@ class LoadStep:
         first_token: First token that is copied.
         end_token: End of the half-open range.
         blocks: The request's blocks from token 0 on.
+        until_s: Monotonic time of this machine until which it is there.
     """
 
     request_id: int
@@ -61,6 +62,7 @@ class LoadStep:
     first_token: int
     end_token: int
     blocks: tuple[int, ...]
+    until_s: float
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class _Prefill:
 
     ticket: str
     handoff_id: str
+    expires_s: float  # wall clock: nothing can be published after
     blocks: list[int] = field(default_factory=list)
     tokens: Sequence[int] = ()
     computed: int = 0
@@ -95,7 +97,9 @@ class SchedulerSide:
             with self._lock:
                 if said.request_id in self._announced:
                     raise LocalProtocolError(f"request {said.request_id} was announced before")
-                self._announced[said.request_id] = _Prefill(said.ticket, ticket.handoff_id)
+                self._announced[said.request_id] = _Prefill(
+                    said.ticket, ticket.handoff_id, ticket.expires_s
+                )
                 if len(self._announced) > MOST_ANNOUNCED:
                     del self._announced[next(iter(self._announced))]
             return
@@ -143,9 +147,10 @@ class SchedulerSide:
             else:
                 self._loaded(fetched, computed)
             return 0, False
-        if self._fetcher.take(request_id) is None:  # its lease ended just now
+        taken = self._fetcher.take(request_id)
+        if taken is None:  # its lease ended just now
             return 0, False
-        self._decodes[request_id] = _Decode(fetched, computed)
+        self._decodes[request_id] = _Decode(taken, computed)
         return wanted, self._settings.asynchronous
 
     def allocated(self, request_id: int, block_ids: Sequence[int]) -> None:
@@ -157,32 +162,42 @@ class SchedulerSide:
         if decode is None or decode.planned:
             return
         end = decode.fetched.num_tokens - 1
-        first = decode.first_token // self._block_size_tokens
-        needed = -(-end // self._block_size_tokens)
-        blocks = tuple(block_ids[:needed])
-        if len(blocks) < needed or min(blocks[first:], default=0) < 0:
-            # what was promised must be loaded: the engine takes these tokens for computed
-            log.error("request %d: %d of %d blocks were given", request_id, len(blocks), needed)
+        try:
+            blocks = tuple(int(block) for block in block_ids)
+            blocks = blocks[: -(-end // self._block_size_tokens)]
+        except Exception:
+            # what was promised must be loaded, for the engine takes these tokens for computed:
+            # without blocks every rank fails, which is loud
+            log.exception("request %d: its blocks cannot be read", request_id)
+            blocks = ()
         decode.planned = True
         self._plan.load.append(
-            LoadStep(request_id, decode.fetched.staged, decode.first_token, end, blocks)
+            LoadStep(
+                request_id,
+                decode.fetched.staged,
+                decode.first_token,
+                end,
+                blocks,
+                decode.fetched.until_s,
+            )
         )
         self.counts["loaded"] += 1
         self._loaded(decode.fetched, decode.first_token)
 
     def plan(self, new: Sequence[Entry], known: Sequence[Entry]) -> Plan:
         """Return what this iteration publishes and loads."""
-        for entry in new:
-            with self._lock:
-                announced = self._announced.pop(entry.request_id, None)
-            if announced is not None:
-                announced.tokens = entry.tokens
-                announced.computed = entry.position
-                self._prefills[entry.request_id] = announced
-            self._advance(entry, new=True)
-        for entry in known:
-            self._advance(entry, new=False)
+        for is_new, entries in ((True, new), (False, known)):
+            for entry in entries:
+                try:
+                    self._advance(entry, new=is_new)
+                except Exception:  # one request's; the others' loads must not be lost with it
+                    log.exception("request %d goes on without a handoff", entry.request_id)
+                    self._prefills.pop(entry.request_id, None)
         self._reap()
+        return self.pending()
+
+    def pending(self) -> Plan:
+        """Return what is planned so far; it is planned no more."""
         plan, self._plan = self._plan, Plan()
         return plan
 
@@ -190,10 +205,20 @@ class SchedulerSide:
         """Forget requests that went without a word: the 1.2-era tells nobody of a cancelled one."""
         for request_id in [i for i in self._decodes if not self._fetcher.has(i)]:
             del self._decodes[request_id]
-        while len(self._prefills) > MOST_ANNOUNCED:
-            del self._prefills[next(iter(self._prefills))]
+        now_s = time.time()
+        with self._lock:
+            for waiting in (self._prefills, self._announced):
+                for request_id in [i for i, p in waiting.items() if p.expires_s < now_s]:
+                    del waiting[request_id]
 
     def _advance(self, entry: Entry, *, new: bool) -> None:
+        if new:
+            with self._lock:
+                announced = self._announced.pop(entry.request_id, None)
+            if announced is not None:
+                announced.tokens = entry.tokens
+                announced.computed = entry.position
+                self._prefills[entry.request_id] = announced
         decode = self._decodes.get(entry.request_id)
         if decode is not None:
             decode.in_batches += 1
@@ -232,8 +257,10 @@ class SchedulerSide:
         with self._lock:
             self._announced.pop(request_id, None)
         self._prefills.pop(request_id, None)
-        self._decodes.pop(request_id, None)
-        self._fetcher.drop(request_id)
+        decode = self._decodes.pop(request_id, None)
+        if decode is None or decode.in_batches or not self._settings.asynchronous:
+            self._fetcher.drop(request_id)
+        # else threads may be copying it: its lease ends it
 
     @property
     def jobs(self) -> int:

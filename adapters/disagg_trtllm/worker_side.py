@@ -7,6 +7,7 @@ import logging
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -108,6 +109,11 @@ class WorkerSide:
             )
         source = self._heads(self._memory.of(step.staged, self._whole))
         part = torch.from_numpy(source[first : first + len(blocks)].copy()).to(self._blocks.device)
+        if time.monotonic() > step.until_s:
+            raise LocalProtocolError(
+                f"request {step.request_id}: its KV was copied after its lease, when it may be "
+                "another prompt's: raise handoff.lease_s"
+            )
         with _on(stream):
             for index, block in enumerate(blocks):
                 start = (first + index) * size

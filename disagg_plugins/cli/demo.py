@@ -45,8 +45,8 @@ RECORDS_S = 10.0
 LOOK_S = 0.05
 ANSWER_S = 120.0
 
-PROMPT_WORDS = (20, 150, 220, 300, 380, 450)
-"""The first stays below the threshold of the split."""
+PROMPT_WORDS = (150, 20, 220, 300, 380, 450)
+"""One stays below the threshold of the split."""
 
 LEAST_WORDS = 40
 OUTPUT_TOKENS = 32
@@ -290,7 +290,9 @@ def summary(
     computed = sum(h["tokens_recomputed"] for h in handoffs)
     return {
         "tokens_equal": different == 0,
+        "asked": len(split),
         "requests": len(records),
+        "compared_by": "token" if all(a.ids for a in (*split, *whole)) else "text",
         "different": different,
         "split_requests": sum(r["route"] == "disaggregated" for r in records),
         "handoffs": sum(h["outcome"] == "consumed" for h in handoffs),
@@ -334,8 +336,8 @@ def table(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"answers: {'equal' if result['tokens_equal'] else 'DIFFERENT'}, token by token "
-            f"({result['requests']} requests)",
+            f"answers: {'equal' if result['tokens_equal'] else 'DIFFERENT'}, compared by "
+            f"{result['compared_by']} ({result['requests']} requests)",
             f"handoffs: {result['handoffs']} of {result['split_requests']} split requests, "
             f"{result['kv_bytes'] / 1e6:.1f} MB of KV over {transports}",
             f"prompt tokens of split requests: {result['prompt_tokens_from_handoff']} from the "
@@ -348,6 +350,8 @@ def table(result: dict[str, Any]) -> str:
 def verdict(result: dict[str, Any]) -> list[str]:
     """Return what is wrong; an empty list means that the split is real and right."""
     wrong = []
+    if result["requests"] < result["asked"]:
+        wrong.append(f"only {result['requests']} of {result['asked']} requests were recorded")
     if not result["tokens_equal"]:
         wrong.append(f"{result['different']} answers differ from those of one worker")
     if not result["split_requests"] or result["handoffs"] < result["split_requests"]:

@@ -42,7 +42,8 @@ def publish_blocks(
             f"{list(block_ids[:8])}... of {len(kv)}"
         )
     for layer in range(kv.shape[1]):
-        np.take(kv[:, layer], ids, axis=0, out=publication.rows(layer), mode="clip")
+        # not take: of a strided layer it would copy all blocks first
+        publication.rows(layer)[:] = kv[ids, layer]
         publication.publish(layer, count)
 
 

@@ -9,6 +9,7 @@ health probe is kept in use: slow or failing is better than nothing.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -39,8 +40,8 @@ MAX_RANKS = 256
 """As many as ``handoff.endpoints`` takes of one worker."""
 
 
-ADDRESS = re.compile(r"[A-Za-z0-9.\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.]{2,45}\]:[0-9]{1,5}")
-"""``host:port`` of an adapter."""
+LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+"""Of a host's name (RFC 1123)."""
 
 MUST_AGREE = (
     (
@@ -441,7 +442,7 @@ class FleetState:
 
     def _announces(self, state: WorkerState, address: object) -> bool:
         """Keep where a worker's adapter hears announcements."""
-        if not isinstance(address, str) or not ADDRESS.fullmatch(address):
+        if not isinstance(address, str) or not _is_address(address):
             return False
         if address != state.announce:
             state.announce = address
@@ -531,6 +532,19 @@ def _are_pair(prefill: Worker, decode: Worker) -> bool:
         and prefill.role.serves(Role.PREFILL)
         and decode.role.serves(Role.DECODE)
     )
+
+
+def _is_address(text: str) -> bool:
+    """Return whether a text is ``host:port``, as an adapter names where it listens."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 1 << 16:
+        return False
+    if host.startswith("[") and host.endswith("]"):
+        try:
+            return bool(ipaddress.IPv6Address(host[1:-1]))
+        except ValueError:
+            return False
+    return len(host) <= 253 and all(LABEL.fullmatch(label) for label in host.split("."))
 
 
 def _differing(ours: object, theirs: object, key: str) -> str:

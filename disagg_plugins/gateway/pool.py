@@ -131,7 +131,7 @@ class WorkerPool:
             detail = f"no connection within {self._connect_s:g} s (policy key gateway.connect_s)"
         except ConnectionRefusedError:
             kind, detail = "refused", "nobody listens"
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:  # a name that is none makes the latter
             kind, detail = "unreachable", str(exc)
         finally:
             self._connecting -= 1

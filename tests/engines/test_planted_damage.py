@@ -99,7 +99,8 @@ def judge(pools: Mapping[int, Kinds], kind: str, seed: int, most: int) -> tuple[
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_in_one_head_is_found_where_log_probabilities_are_told(measured, damage):
-    ends = [judge(measured.told, damage, seed, 8_000) for seed in range(10)]
+    # the rounding of one machine is not that of another: 600 to 1,700 pairs of long prompts
+    ends = [judge(measured.told, damage, seed, 16_000) for seed in range(10)]
     print(damage, "pairs of long prompts:", [pairs for _, pairs, _ in ends])
     assert [answer for answer, _, _ in ends] == ["worse"] * 10
     for _, _, parity in ends:

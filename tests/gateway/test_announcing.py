@@ -93,7 +93,13 @@ def test_without_an_address_nothing_is_split_and_the_reason_is_told(site) -> Non
     assert "d0 has not said yet where it hears of handoffs" in problem
 
 
-@pytest.mark.parametrize("address", [5, "", "no port", "http://h:1", "h:1/x", "h" * 300 + ":1"])
+FALSE = [
+    5, "", "no port", "http://h:1", "h:1/x", "h" * 300 + ":1", "h:0", "h:99999", "h:1234567",
+    "[10.0.0.5:9000]:1234", "a..b:1", "h" * 64 + ":1", "-h:1", ":1", "h:",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", FALSE)
 def test_an_address_that_is_none_is_not_kept(site, address: object) -> None:
     two = site()
     assert two.stack.gateway.fleet.greet("p0", {"announce": address}) is False
@@ -149,3 +155,18 @@ def test_a_client_that_goes_during_an_announcement_leaves_nothing(site) -> None:
     sock.close()
     two.stack.wait_idle()
     assert two.stack.engines["p0"].seen.requests == 0
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:65535", "worker-1.local:8000"])
+def test_an_address_is_host_and_port(site, address: str) -> None:
+    two = site()
+    assert two.stack.gateway.fleet.greet("p0", {"announce": address}) is True
+    assert two.stack.gateway.fleet.announce_address("p0") == address
+
+
+def test_a_name_that_cannot_be_looked_up_is_a_failure_of_prefill(site) -> None:
+    two = site().introduce()
+    two.stack.call(lambda: two.stack.gateway.fleet.greet("p0", {"announce": "no-such.invalid:1"}))
+    assert two.stack.complete()[0] == 200
+    (failure,) = two.stack.records(1)[0]["failures"]
+    assert failure["side"] == "prefill"

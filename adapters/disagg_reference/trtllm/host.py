@@ -168,12 +168,13 @@ class TrtllmHost:
             return kind(llm_args)
 
         for rank in self._ranks:
-            with ThreadPoolExecutor(2) as both:
-                futures = {"worker": both.submit(make, worker, rank.number)}
-                if rank.number == 0:
-                    futures["scheduler"] = both.submit(make, scheduler, rank.number)
-                if wait(futures.values(), CALL_S).not_done:
-                    raise BrokenRule("builds", f"not built after {CALL_S:g} s")
+            both = ThreadPoolExecutor(2)  # not in a with: that would wait for one that hangs
+            futures = {"worker": both.submit(make, worker, rank.number)}
+            if rank.number == 0:
+                futures["scheduler"] = both.submit(make, scheduler, rank.number)
+            both.shutdown(wait=False)
+            if wait(futures.values(), CALL_S).not_done:
+                raise BrokenRule("builds", f"not built after {CALL_S:g} s")
             if "scheduler" in futures and futures["scheduler"].exception() is None:
                 self.scheduler = futures["scheduler"].result()
             if futures["worker"].exception() is None:
@@ -325,6 +326,9 @@ class TrtllmHost:
     def end(self) -> None:
         """See ``ConnectorHost``."""
         self._on_all("hooks never raise", lambda worker: worker.wait_for_save(None))
+
+    def cancel(self, request: Request) -> None:
+        """See ``ConnectorHost``: the interface has no word for it that is sure to be heard."""
 
     def finished(self, request: Request, block_ids: Sequence[int]) -> bool:
         """See ``ConnectorHost``: asked on rank 0, then broadcast."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -180,3 +181,51 @@ def test_a_request_whose_admission_fails_hears_of_it(make_engine, ask) -> None:
     asked = ask(engine, PROMPTS[0], 1)
     assert asked.finish_reason == "error"
     assert "the connector is broken" in asked.outputs[-1].problem
+
+
+def test_whatever_ends_the_engine_is_told(make_engine, ask) -> None:
+    def before_step(number: int) -> None:
+        raise SystemExit(3)
+
+    engine = make_engine(start=False, before_step=before_step)
+    asked = ask(engine, PROMPTS[0], 1)
+    engine.start()
+    assert asked.finish_reason == "error"
+    assert "SystemExit" in engine.problem
+
+
+class _Loading(NoHost):
+    """Loads the first request until it is given up."""
+
+    def __init__(self) -> None:
+        self.polls, self._loading, self._given_up = 0, [], []
+
+    def match(self, request, computed_tokens):
+        if self._loading:
+            return 0, False
+        self._loading.append(request.request_id)
+        return 1, True
+
+    def cancel(self, request):
+        request.matched_tokens = 0
+        self._given_up.append(request.request_id)
+
+    def poll(self):
+        self.polls += 1
+        given_up, self._given_up = self._given_up, []
+        return (), given_up
+
+
+def test_a_request_that_loads_is_given_up_at_once_and_the_next_gets_its_blocks(
+    make_engine, ask
+) -> None:
+    host = _Loading()
+    engine = make_engine(host=lambda pools, config: host, num_blocks=6)
+    first = ask(engine, PROMPTS[4], 1)
+    end_s = time.monotonic() + 30.0
+    while not engine.stats()["loading"]:
+        assert time.monotonic() < end_s, "it does not load"
+    second = ask(engine, PROMPTS[4], 1)  # does not fit beside it
+    engine.cancel(first.request.request_id)
+    assert (first.finish_reason, second.finish_reason) == ("abort", "length")
+    assert engine.stats()["blocks_used"] == 0

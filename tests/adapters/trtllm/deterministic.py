@@ -175,6 +175,9 @@ class WatchedHost:
     def end(self) -> None:
         self.host.end()
 
+    def cancel(self, request: Request) -> None:
+        self.host.cancel(request)
+
     def finished(self, request: Request, block_ids: Sequence[int]) -> bool:
         self._model[0].loading.difference_update(block_ids)
         return self.host.finished(request, block_ids)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
+from disagg_plugins.errors import LocalProtocolError
 from disagg_reference.request import Output, Request
 from disagg_reference.trtllm.interface import ERAS
+from disagg_trtllm import compat
 from tests.adapters.trtllm.conftest import Build, Pair, prompt
+
+if TYPE_CHECKING:
+    from disagg_trtllm.plan import LoadStep
 
 WAYS = list(itertools.product(ERAS, ("sync", "async"), ((1, 1), (2, 2), (1, 2), (2, 1))))
 IDS = [f"{era}-{loads}-{a}to{b}" for era, loads, (a, b) in WAYS]
@@ -332,3 +339,50 @@ def test_a_model_goes_on_as_if_it_had_read_the_prompt(pair: Build, loads, ranks)
         assert asked.request.matched_tokens == length - 1
     two.prefill.wait_empty()
     two.decode.wait_empty()
+
+
+def test_an_output_that_cannot_be_read_loses_no_load(pair: Build, monkeypatch) -> None:
+    two = pair()
+    given, number, ticket = prompt(77), two.number(), two.ticket()
+    two.publish(given, number, ticket)
+    assert two.fetch(given, number, ticket) == (200, {})
+    read, failures = compat.entries, [TypeError("new_block_ids is None")]
+
+    def once(output):
+        if failures:
+            raise failures.pop()
+        return read(output)
+
+    monkeypatch.setattr(compat, "entries", once)
+    asked = two.decode.ask(given, 8, number)
+    assert len(asked.tokens) == 8
+    assert (failures, asked.request.matched_tokens) == ([], 76)
+
+
+def planned(two: Pair, blocks: list) -> LoadStep:
+    """Return the load that is planned for a prompt of 20 tokens and these blocks."""
+    given, number, ticket = prompt(20), two.number(), two.ticket()
+    two.publish(given, number, ticket)
+    assert two.fetch(given, number, ticket) == (200, {})
+    side = two.decode.scheduler.side
+    assert side.match(number, given, 0)[0] == 19
+    side.allocated(number, blocks)
+    (step,) = side.pending().load
+    return step
+
+
+@pytest.mark.parametrize("blocks", [[None, 1, 2], [], [0, -1, 2], [0, 1]])
+def test_a_promise_without_blocks_is_a_loud_failure_and_never_silence(pair: Build, blocks) -> None:
+    two = pair()
+    step = planned(two, blocks)
+    with pytest.raises(LocalProtocolError, match="were promised"):
+        two.decode.workers[0].side._copy(step, None)
+
+
+def test_what_is_copied_after_its_lease_is_not_used(pair: Build) -> None:
+    two = pair()
+    step = planned(two, [0, 1, 2])
+    assert step.until_s > time.monotonic()
+    two.decode.workers[0].side._copy(step, None)
+    with pytest.raises(LocalProtocolError, match="after its lease"):
+        two.decode.workers[0].side._copy(replace(step, until_s=0.0), None)

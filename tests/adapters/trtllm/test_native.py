@@ -177,6 +177,14 @@ def as_floats(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def ends_with(reason: object) -> Callable[[dict[str, Any]], Any]:
+    def change(answer: dict[str, Any]) -> dict[str, Any]:
+        answer["choices"][0]["finish_reason"] = reason
+        return answer
+
+    return change
+
+
 def without_ids(answer: dict[str, Any]) -> dict[str, Any]:
     del answer["prompt_token_ids"]
     return answer
@@ -194,6 +202,8 @@ def without_ids(answer: dict[str, Any]) -> dict[str, Any]:
         (as_floats, "floating point"),
         (set_params(encoded_opaque_state="x" * ((8 << 20) + 1)), "exceeds|characters, at most"),
         (without_ids, "has no prompt_token_ids"),
+        (ends_with(None), "ended with None"),
+        (ends_with("timeout"), "ended with 'timeout'"),
         (lambda answer: {**answer, "usage": None}, "tells prompt_tokens"),
         (lambda answer: "no JSON", "not JSON"),
     ],
