@@ -92,7 +92,7 @@ CANARY: dict[str, Any] = {
 
 SLO = {
     "split": {"rule": "always"},
-    "slo_classes": {"demo": {"ttft_s": 8.0, "tpot_s": 0.5}},
+    "slo_classes": {"demo": {"ttft_s": 8.0, "tpot_s": 0.25}},
     "default_slo_class": "demo",
 }
 
@@ -233,7 +233,7 @@ def write_baseline(bed: Testbed) -> Path:
 
 @contextmanager
 def slow_decode(bed: Testbed):
-    """Let the decode worker work for a fifth of the time."""
+    """Let the decode worker work for a tenth of the time."""
     processes = engine_processes(bed, "decode")
     ended = threading.Event()
 
@@ -241,10 +241,10 @@ def slow_decode(bed: Testbed):
         while not ended.is_set():
             for process in processes:
                 process.suspend()
-            ended.wait(0.8)
+            ended.wait(0.9)
             for process in processes:
                 process.resume()
-            time.sleep(0.2)
+            time.sleep(0.1)
 
     thread = threading.Thread(target=stutter)
     thread.start()

@@ -2,8 +2,8 @@
 
 Parity takes part as one more guardrail: of n guardrails and parity, each has its share of the level
 (union bound). It condemns. A step waits until enough pairs were looked at for damage that shows in
-most answers to have condemned; it does not wait for a proof that two arms say the same, which needs
-far more pairs than a step has copies.
+most answers to have condemned, and for as long as answers differ more than they may; it does not
+wait for a proof that two arms say the same, which needs far more pairs than a step has copies.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Case:
         if self.parity is not None and self.parity.decide() == "worse":
             return "rollback"
         action = self.guardrails.decide()
-        if action == "promote" and self.parity is not None and self.parity.unseen():
+        if action == "promote" and self.parity is not None and self.parity.waits_for():
             return "wait"
         return action
 
@@ -138,9 +138,9 @@ class Case:
             if judgement.action == "rollback":
                 reasons = (*judgement.reasons, *parity.reasons)
             judgement = replace(judgement, action="rollback", reasons=tuple(reasons))
-        elif judgement.action != "rollback" and (unseen := self.parity.unseen()):
+        elif judgement.action != "rollback" and (waits := self.parity.waits_for()):
             told = judgement.reasons if judgement.action == "wait" else ()
-            judgement = replace(judgement, action="wait", reasons=(*told, *unseen))
+            judgement = replace(judgement, action="wait", reasons=(*told, *waits))
         return judgement, parity
 
     def as_dict(self) -> dict[str, object]:

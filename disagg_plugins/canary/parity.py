@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from disagg_plugins.canary.comparison import Bound, QuantileComparison, mean_above, mean_below
+from disagg_plugins.canary.guardrail import amount
 from disagg_plugins.canary.metrics import ARMS, Arm
 from disagg_plugins.canary.state import integer, known, number
 from disagg_plugins.canary.tally import AmountTally, ShareTally
@@ -250,10 +251,13 @@ class Parity:
             return "ok"
         return "open"
 
-    def unseen(self) -> tuple[str, ...]:
-        """Return, in words, what has hardly been looked at: buckets without ``min_pairs``.
+    def waits_for(self) -> tuple[str, ...]:
+        """Return, in words, why no step may be made yet though nothing is proven.
 
-        Only those that have a fair share of the pairs; where there is no pair at all, all of them.
+        Buckets without ``min_pairs`` have hardly been looked at: of those that have a fair share of
+        the pairs; where there is no pair at all, all of them. And where answers differ more than
+        they may so far, more pairs have to tell whether that is chance: an early look that proves
+        nothing must not let damage pass.
         """
         least = self.allowed.min_pairs
         counting = [i for i in self._range() if self._counts(i)]
@@ -270,7 +274,24 @@ class Parity:
                     f"parity, {self._names[i]}: {theirs} pairs with the candidate and {ours} of "
                     f"the baseline with itself, of {least} needed"
                 )
+        for i in self._range():
+            found += self._suspicious(i)
         return tuple(found)
+
+    def _suspicious(self, bucket: int) -> list[str]:
+        """Say what differs more in a bucket than it may so far, proven or not."""
+        found = []
+        for aspect in SHARES:
+            ours, theirs = (b.shares[aspect].figure(self.level) for b in self._row(bucket))
+            if ours.estimate is None or theirs.estimate is None:
+                continue
+            if theirs.estimate > self._bound(aspect).of(ours.estimate):
+                found.append(
+                    f"parity, {self._names[bucket]}: {aspect} in {amount(theirs.estimate)} of "
+                    f"{theirs.count} pairs with the candidate, {amount(ours.estimate)} of "
+                    f"{ours.count} of the baseline with itself: more pairs have to tell"
+                )
+        return found
 
     def judge(self) -> ParityJudgement:
         """Return the same with all the numbers, for people."""
