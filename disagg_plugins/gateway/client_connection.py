@@ -368,16 +368,17 @@ class ClientConnection(asyncio.Protocol):
         close = self._closes(request) or request.http10
         self._last = close
         head = answer_head(status, lines, length_bytes=None, chunked=self.chunked, close=close)
-        if self.chunked:
-            self._send(b"%b%x\r\n%b\r\n" % (head, len(first), first))
-        else:
-            self._send(head + first)
+        self._send(head + self._framed(first))
 
     def write(self, data: bytes) -> None:
-        """Send more of an answer that was started."""
-        if self.chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        self._send(data)
+        """Send more of an answer that was started; nothing is sent of nothing."""
+        if data:
+            self._send(self._framed(data))
+
+    def _framed(self, data: bytes) -> bytes:
+        if not self.chunked or not data:  # a chunk without bytes would end the answer
+            return data
+        return b"%x\r\n%b\r\n" % (len(data), data)
 
     @property
     def lost_bytes(self) -> bool:
@@ -386,12 +387,9 @@ class ClientConnection(asyncio.Protocol):
 
     def complete(self, last: bytes = b"") -> None:
         """End an answer that was started; ``last`` goes out with the end in one write."""
-        if self.chunked and last:
-            self._send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last))
-        elif self.chunked:
-            self._send(b"0\r\n\r\n")
-        elif last:
-            self._send(last)
+        end = self._framed(last) + (b"0\r\n\r\n" if self.chunked else b"")
+        if end:
+            self._send(end)
         self._answered()
 
     def break_off(self, last: bytes) -> None:

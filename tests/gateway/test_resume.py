@@ -186,10 +186,13 @@ def test_death_inside_a_character_does_not_lose_it(build: Build, after: int, cha
 
 
 @pytest.mark.parametrize("code", [500, 503])
-def test_error_event_inside_a_stream_is_not_seen_by_the_client(build: Build, code: int) -> None:
+@pytest.mark.parametrize("chunk_s", [0.0, 0.02], ids=["with the token before", "by itself"])
+def test_error_event_inside_a_stream_is_not_seen_by_the_client(
+    build: Build, code: int, chunk_s: float
+) -> None:
     stack = build(**TWO)
     whole = ask(stack)
-    shared(stack, Behaviour(error_inside=code, after_chunks=3, times=1))
+    shared(stack, Behaviour(error_inside=code, after_chunks=3, chunk_s=chunk_s, times=1))
     answer = ask(stack)
     assert (text(answer), answer.count(b"[DONE]")) == (text(whole), 1)
     assert b'"error"' not in answer
