@@ -2,7 +2,8 @@
 
 One POST of JSON to ``/announce``. The ticket in it is signed with the fleet's secret: who has none
 is answered 403 and learns nothing. The answer to an announcement of a decode comes when the KV is
-here, or cannot be.
+here, or cannot be. ``opening`` asks a prefill worker, once its engine has answered, which tokens it
+read and which one it wrote: the gateway sees text only.
 """
 
 from __future__ import annotations
@@ -47,16 +48,18 @@ class Announcement:
 
     Attributes:
         request_id: By which the engine will know it.
-        step: ``prefill`` (publish it) or ``decode`` (fetch it).
+        step: ``prefill`` (publish it), ``opening`` (tell its tokens) or ``decode`` (fetch it).
         ticket: The gateway's.
-        num_tokens: Of the prompt; 0 for a prefill.
+        opening: Of a prefill: its tokens will be asked for.
+        num_tokens: Of the prompt; 0 but for a decode.
         prompt: Its digest, where the prefill worker's answer told it.
-        endpoints: Where the ranks of the prefill worker serve it; empty for a prefill.
+        endpoints: Where the ranks of the prefill worker serve it; empty but for a decode.
     """
 
     request_id: int
-    step: Literal["prefill", "decode"]
+    step: Literal["prefill", "opening", "decode"]
     ticket: str
+    opening: bool = False
     num_tokens: int = 0
     prompt: str = ""
     endpoints: tuple[Mapping[str, object], ...] = ()
@@ -83,9 +86,11 @@ def read_announcement(body: bytes) -> Announcement:
     if not isinstance(ticket, str) or not 0 < len(ticket) <= MAX_TICKET_CHARS:
         raise RemoteProtocolError("the ticket is missing, empty or too long")
     if step == "prefill":
-        return Announcement(request_id, "prefill", ticket)
+        return Announcement(request_id, "prefill", ticket, said.get("opening") is True)
+    if step == "opening":
+        return Announcement(request_id, "opening", ticket)
     if step != "decode":
-        raise RemoteProtocolError(f"step is {step!r:.40}, not prefill or decode")
+        raise RemoteProtocolError(f"step is {step!r:.40}, not prefill, opening or decode")
     tokens, prompt, endpoints = said.get("num_tokens"), said.get("prompt"), said.get("endpoints")
     if type(tokens) is not int or not 0 < tokens <= MAX_TOKENS:
         raise RemoteProtocolError(f"num_tokens is {tokens!r:.40}")
@@ -97,7 +102,17 @@ def read_announcement(body: bytes) -> Announcement:
         or not all(isinstance(each, dict) for each in endpoints)
     ):
         raise RemoteProtocolError("endpoints is not a list of 1 to 256 records")
-    return Announcement(request_id, "decode", ticket, tokens, prompt, tuple(endpoints))
+    return Announcement(
+        request_id,
+        "decode",
+        ticket,
+        num_tokens=tokens,
+        prompt=prompt,
+        endpoints=tuple(endpoints),
+    )
+
+
+Take = Callable[[Announcement], Mapping[str, object]]
 
 
 class Announcements:
@@ -105,13 +120,11 @@ class Announcements:
 
     Args:
         host: Where; loopback unless the policy says otherwise.
-        take: Does what is announced; what it raises is the answer.
+        take: Does what is announced; what it returns, or raises, is the answer.
         advertise_host: What the gateway connects to, where that differs.
     """
 
-    def __init__(
-        self, host: str, take: Callable[[Announcement], None], *, advertise_host: str | None = None
-    ) -> None:
+    def __init__(self, host: str, take: Take, *, advertise_host: str | None = None) -> None:
         self._server = _Server(host, take)
         shown = advertise_host or host
         self.address = f"[{shown}]" if ":" in shown else shown
@@ -136,7 +149,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = MOST_CONNECTIONS
 
-    def __init__(self, host: str, take: Callable[[Announcement], None]) -> None:
+    def __init__(self, host: str, take: Take) -> None:
         self.take = take
         self._slots = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -193,26 +206,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         length = self.headers.get("content-length", "")
         if self.path != PATH or not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            self._answer(400, "an announcement of at most 256 KiB is expected")
+            self._refuse(400, "an announcement of at most 256 KiB is expected")
             return
         try:
             body = self.rfile.read(int(length))
             self.deadline.cancel()  # what is announced has bounds of its own
-            self.server.take(read_announcement(body))
+            answer = self.server.take(read_announcement(body))
         except AuthenticationError:
-            self._answer(403, "the ticket is not good for this worker")
+            self._refuse(403, "the ticket is not good for this worker")
         except RemoteProtocolError as exc:
-            self._answer(400, str(exc))
+            self._refuse(400, str(exc))
         except DisaggError as exc:
-            self._answer(409, str(exc))
+            self._refuse(409, str(exc))
         except Exception:
             log.exception("an announcement could not be taken")
-            self._answer(500, "the adapter failed; the worker's log says why")
+            self._refuse(500, "the adapter failed; the worker's log says why")
         else:
-            self._answer(200, "")
+            self._answer(200, answer)
 
-    def _answer(self, status: int, problem: str) -> None:
-        body = json.dumps({"problem": problem[:500]} if problem else {}).encode()
+    def _refuse(self, status: int, problem: str) -> None:
+        self._answer(status, {"problem": problem[:500]})
+
+    def _answer(self, status: int, answer: Mapping[str, object]) -> None:
+        body = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))

@@ -108,7 +108,7 @@ class DisaggKvConnectorScheduler(SchedulerBase):  # type: ignore[misc, valid-typ
 
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
         """Forget the request; its blocks may go at once: what was published has been copied."""
-        _unraised(lambda: self.side.finished(request.request_id), None)
+        _unraised(lambda: self._finished(request), None)
         return False
 
     def wait_for_initialization(self) -> None:
@@ -119,7 +119,10 @@ class DisaggKvConnectorScheduler(SchedulerBase):  # type: ignore[misc, valid-typ
 
     def request_reset(self, request: Any) -> None:
         """Newer interfaces; a request that begins anew computes its prompt."""
-        _unraised(lambda: self.side.finished(request.request_id), None)
+        _unraised(lambda: self._finished(request), None)
+
+    def _finished(self, request: Any) -> None:
+        self.side.finished(request.request_id, lambda: compat.tokens_of(request))
 
     def close(self) -> None:
         """Let go of everything; for hosts that end connectors."""

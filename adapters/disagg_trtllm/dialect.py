@@ -1,8 +1,14 @@
 """How the gateway speaks to TensorRT-LLM with this project's KV connector. Imports no engine.
 
 Both halves of a request are ordinary ones under one ``disagg_request_id``; everything else that the
-connector has to know is announced to it before (``gateway/announcing.py``). The decode worker is
-sent the same prompt: it loads all but the last token, and samples the first one itself.
+connector has to know is announced to it before (``gateway/announcing.py``).
+
+A plain completion is decoded from the ids of its prompt and of the token that prefill wrote: all of
+the prompt is loaded, none of it computed again. Any other request is sent to the decode worker as
+it is, which loads all but the last token and samples the first one itself: two answers cannot be
+put together where something looks at the whole text (stop strings, parsers), at the whole count
+(penalties, seeds), or at every token (log-probabilities). Nor can chats: a server that did not know
+``prompt_token_ids`` would write the first token twice.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
-from disagg_plugins.gateway.dialect import Published
+from disagg_plugins.gateway.dialect import Opening, Published
 from disagg_plugins.gateway.openai import not_splittable
 
 if TYPE_CHECKING:
@@ -24,6 +30,32 @@ LEAST_ID = 1 << 40
 
 FOR_DECODE_ONLY = ("stream_options", "logprobs", "top_logprobs")
 """Fields that the prefill request leaves out: they ask for output."""
+
+PLAIN = frozenset(
+    {
+        "model", "prompt", "max_tokens", "stream", "stream_options", "user", "ignore_eos",
+        "temperature", "top_p", "top_k", "min_p", "n", "best_of", "echo", "suffix", "logprobs",
+        "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias",
+    }
+)  # fmt: skip
+"""Fields of a completion that can be put together from two."""
+
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "logprobs": (None,),
+    "stop": (None, []),
+    "seed": (None,),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+}
+"""Values with which these ask for nothing; clients send them all the same."""
+
+INCOMPLETE = "\ufffd"
+"""How the beginning of a character is shown."""
 
 
 def request_id_of(ref: HandoffRef) -> int:
@@ -72,18 +104,65 @@ class TrtllmDialect:
         Raises:
             RemoteProtocolError: The answer tells no usage.
         """
-        usage = answer.get("usage")
-        tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        if type(tokens) is not int or tokens < 1:
-            raise RemoteProtocolError(
-                f"the prefill worker's answer tells prompt_tokens {tokens!r:.40}: nothing says "
-                "how many tokens were read"
-            )
-        return Published(tokens, ref.endpoints)
+        return Published(_read(answer), ref.endpoints)
 
     def decode_body(self, body: Body, ref: HandoffRef, published: Published | None) -> Body:
         """Return the client's request under the handoff's number."""
         return self._numbered(body, ref)
+
+    # What prefill wrote
+
+    def opens(self, body: Body, *, chat: bool) -> bool:
+        """Return whether decode may go on from the token that prefill writes."""
+        keys = set(dict(body.items())) - {KEY}
+        bound = body.get("max_tokens")
+        return (
+            not chat
+            and keys <= PLAIN
+            and type(bound) is int
+            and bound > 1
+            and all(body.get(key) in values for key, values in NEUTRAL.items())
+        )
+
+    def question(self, ref: HandoffRef) -> Body:
+        """Return the question for the ids of the prompt and of the first token."""
+        return {
+            "version": VERSION,
+            "step": "opening",
+            "request_id": request_id_of(ref),
+            "ticket": ref.ticket,
+        }
+
+    def opening(self, told: Body, answer: Body) -> Opening:
+        """Return the beginning of the answer.
+
+        Raises:
+            RemoteProtocolError: Prefill has ended the answer, its text is part of a character, or
+                what is told cannot be.
+        """
+        prompt, token = told.get("prompt"), told.get("token")
+        if not isinstance(prompt, list) or not all(type(i) is int and i >= 0 for i in prompt):
+            raise RemoteProtocolError(f"the prompt is told as {prompt!r:.60}")
+        if len(prompt) != (read := _read(answer)):
+            raise RemoteProtocolError(f"{len(prompt)} prompt tokens are told, and {read} were read")
+        if type(token) is not int or token < 0:
+            raise RemoteProtocolError(f"the first token is told as {token!r:.40}")
+        choices = answer.get("choices")
+        choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
+        if not isinstance(choice, dict) or choice.get("finish_reason") != "length":
+            raise RemoteProtocolError("the prefill worker has ended the answer")
+        text = choice.get("text")
+        if not isinstance(text, str) or not text or text.endswith(INCOMPLETE):
+            raise RemoteProtocolError(f"the first token's text is {text!r:.40}")
+        return Opening(prompt, token, text)
+
+    def continued_body(self, body: Body, ref: HandoffRef, opening: Opening) -> Body:
+        """Return the request for what follows the first token."""
+        clean = self._numbered(body, ref)
+        clean["prompt"] = [*opening.prompt, opening.token]
+        if isinstance(bound := body.get("max_tokens"), int):
+            clean["max_tokens"] = bound - 1
+        return clean
 
     def _numbered(self, body: Body, ref: HandoffRef) -> Body:
         clean = dict(self.local_body(body))
@@ -121,3 +200,15 @@ class TrtllmDialect:
             "prompt": published.prompt,
             "endpoints": list(published.endpoints),
         }
+
+
+def _read(answer: Body) -> int:
+    """Return how many prompt tokens an answer says were read."""
+    usage = answer.get("usage")
+    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    if type(tokens) is not int or tokens < 1:
+        raise RemoteProtocolError(
+            f"the prefill worker's answer tells prompt_tokens {tokens!r:.40}: nothing says how "
+            "many tokens were read"
+        )
+    return tokens

@@ -11,12 +11,13 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from disagg_plugins.errors import DisaggError, LocalProtocolError
 from disagg_plugins.handoff.prompts import prompt_digest
+from disagg_trtllm.openings import Openings
 from disagg_trtllm.plan import LoadStep, Plan, PublishStep
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ MOST_ANNOUNCED = 4096
 
 MAX_PROBLEM_CHARS = 500
 
+NOTHING: Mapping[str, object] = {}
+
 
 @dataclass(slots=True)
 class _Prefill:
@@ -41,6 +44,7 @@ class _Prefill:
     ticket: str
     handoff_id: str
     expires_s: float  # wall clock: nothing can be published after
+    opening: bool = False
     blocks: list[int] = field(default_factory=list)
     tokens: Sequence[int] = ()
     computed: int = 0
@@ -52,6 +56,7 @@ class _Decode:
 
     fetched: Fetched
     first_token: int
+    end_token: int
     planned: bool = False
     in_batches: int = 0
 
@@ -78,6 +83,7 @@ class SchedulerSide:
         self._block_size_tokens = block_size_tokens
         self._lock = threading.Lock()
         self._announced: dict[int, _Prefill] = {}  # under the lock; the rest is the engine's
+        self._openings = Openings()
         self._prefills: dict[int, _Prefill] = {}
         self._decodes: dict[int, _Decode] = {}
         self._plan = Plan()
@@ -85,24 +91,29 @@ class SchedulerSide:
 
     # Announcements (threads of their own)
 
-    def announced(self, said: Announcement) -> None:
-        """Take an announcement; to decode, return when the KV is here.
+    def announced(self, said: Announcement) -> Mapping[str, object]:
+        """Take an announcement, return the answer; to decode, return when the KV is here.
 
         Raises:
             AuthenticationError: The ticket is not good for this worker.
-            DisaggError: It cannot be fetched: the prompt will be computed.
+            DisaggError: It cannot be fetched: the prompt will be computed; or its tokens are not
+                known.
         """
-        ticket = self._settings.verify(said.ticket, said.step)
+        side: Literal["prefill", "decode"] = "decode" if said.step == "decode" else "prefill"
+        ticket = self._settings.verify(said.ticket, side)
+        if said.step == "opening":
+            prompt, token = self._openings.take(said.request_id, ticket.handoff_id)
+            return {"prompt": prompt, "token": token}
         if said.step == "prefill":
             with self._lock:
                 if said.request_id in self._announced:
                     raise LocalProtocolError(f"request {said.request_id} was announced before")
                 self._announced[said.request_id] = _Prefill(
-                    said.ticket, ticket.handoff_id, ticket.expires_s
+                    said.ticket, ticket.handoff_id, ticket.expires_s, said.opening
                 )
                 if len(self._announced) > MOST_ANNOUNCED:
                     del self._announced[next(iter(self._announced))]
-            return
+            return NOTHING
         try:
             self._fetch(said, ticket)
         except DisaggError as exc:
@@ -110,6 +121,7 @@ class SchedulerSide:
             log.warning("handoff %s is not fetched: %s", ticket.handoff_id, exc)
             self._failed(ticket.handoff_id, f"{type(exc).__name__}: {exc}", said.num_tokens)
             raise
+        return NOTHING
 
     def _fetch(self, said: Announcement, ticket: Ticket) -> None:
         self._fetcher.fetch(
@@ -126,18 +138,21 @@ class SchedulerSide:
     def match(self, request_id: int, tokens: Sequence[int], computed: int) -> tuple[int, bool]:
         """Return how many more prompt tokens can be loaded, and whether asynchronously.
 
-        At least one prompt token is left to the engine, which samples from it.
+        At least one token is left to the engine, which samples from it: the one that prefill wrote,
+        where it stands behind the prompt, else the last one of the prompt.
         """
         fetched = self._fetcher.look(request_id)
         if fetched is None:
             return 0, False
+        read = fetched.num_tokens
         problem = ""
-        if fetched.num_tokens != len(tokens) or fetched.prompt != prompt_digest(tokens):
+        if not 0 <= len(tokens) - read <= 1 or fetched.prompt != prompt_digest(tokens[:read]):
             problem = (
-                f"the prefill worker read another prompt ({fetched.num_tokens} tokens) than this "
-                f"worker ({len(tokens)} tokens): tokenizer or chat template differ"
+                f"the prefill worker read another prompt ({read} tokens) than this worker "
+                f"({len(tokens)} tokens): tokenizer or chat template differ"
             )
-        wanted = len(tokens) - 1 - computed
+        end = min(read, len(tokens) - 1)
+        wanted = end - computed
         if problem or wanted <= 0:
             self._fetcher.drop(request_id)
             if problem:
@@ -145,12 +160,12 @@ class SchedulerSide:
                 log.warning("request %d computes its prompt itself: %s", request_id, problem)
                 self._failed(fetched.handoff_id, problem, len(tokens) - computed)
             else:
-                self._loaded(fetched, computed)
+                self._loaded(fetched, computed, end)
             return 0, False
         taken = self._fetcher.take(request_id)
         if taken is None:  # its lease ended just now
             return 0, False
-        self._decodes[request_id] = _Decode(taken, computed)
+        self._decodes[request_id] = _Decode(taken, computed, end)
         return wanted, self._settings.asynchronous
 
     def allocated(self, request_id: int, block_ids: Sequence[int]) -> None:
@@ -161,7 +176,7 @@ class SchedulerSide:
         decode = self._decodes.get(request_id)
         if decode is None or decode.planned:
             return
-        end = decode.fetched.num_tokens - 1
+        end = decode.end_token
         try:
             blocks = tuple(int(block) for block in block_ids)
             blocks = blocks[: -(-end // self._block_size_tokens)]
@@ -182,7 +197,7 @@ class SchedulerSide:
             )
         )
         self.counts["loaded"] += 1
-        self._loaded(decode.fetched, decode.first_token)
+        self._loaded(decode.fetched, decode.first_token, end)
 
     def plan(self, new: Sequence[Entry], known: Sequence[Entry]) -> Plan:
         """Return what this iteration publishes and loads."""
@@ -210,6 +225,7 @@ class SchedulerSide:
             for waiting in (self._prefills, self._announced):
                 for request_id in [i for i, p in waiting.items() if p.expires_s < now_s]:
                     del waiting[request_id]
+        self._openings.sweep(now_s)
 
     def _advance(self, entry: Entry, *, new: bool) -> None:
         if new:
@@ -251,9 +267,14 @@ class SchedulerSide:
             )
         )
         self.counts["published"] += 1
+        if prefill.opening:
+            self._openings.expect(
+                entry.request_id, prefill.handoff_id, prefill.tokens, prefill.expires_s
+            )
 
-    def finished(self, request_id: int) -> None:
-        """A request is over, whichever way."""
+    def finished(self, request_id: int, tokens: Callable[[], Sequence[int]]) -> None:
+        """A request is over, whichever way; ``tokens`` returns those of its prompt and answer."""
+        self._openings.finished(request_id, tokens)
         with self._lock:
             self._announced.pop(request_id, None)
         self._prefills.pop(request_id, None)
@@ -266,19 +287,20 @@ class SchedulerSide:
     def jobs(self) -> int:
         """Requests that this half still remembers."""
         with self._lock:
-            return len(self._announced) + len(self._prefills) + len(self._decodes)
+            waiting = len(self._announced) + len(self._prefills) + len(self._decodes)
+        return waiting + len(self._openings)
 
     # Reports
 
-    def _loaded(self, fetched: Fetched, computed: int) -> None:
-        loaded = max(0, fetched.num_tokens - 1 - computed)
+    def _loaded(self, fetched: Fetched, computed: int, end: int) -> None:
+        loaded = max(0, end - computed)
         self._report(
             {
                 "kind": "loaded",
                 "handoff_id": fetched.handoff_id,
                 "num_tokens": loaded,
                 "tokens_local": computed,
-                "tokens_recomputed": fetched.num_tokens - computed - loaded,
+                "tokens_recomputed": max(0, fetched.num_tokens - computed - loaded),
                 "bytes": fetched.report.payload_bytes,
                 "transport": fetched.report.transport,
                 "form": fetched.report.form,

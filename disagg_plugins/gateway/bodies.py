@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from disagg_plugins.errors import RemoteProtocolError
 from disagg_plugins.gateway.announcing import AnnouncedBody
-from disagg_plugins.gateway.dialect import announcing
+from disagg_plugins.gateway.dialect import announcing, opening
+from disagg_plugins.gateway.openai import CHAT
+from disagg_plugins.gateway.opened import Opened
 from disagg_plugins.gateway.whole_answer import as_asked
 from disagg_plugins.gateway.worker_state import Work
 from disagg_plugins.scheduling.prediction import expected_output
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from disagg_plugins.gateway.dialect import Body, Dialect, HandoffRef, Published
+    from disagg_plugins.gateway.dialect import (
+        Body,
+        Dialect,
+        HandoffRef,
+        OpeningDialect,
+        Published,
+    )
     from disagg_plugins.gateway.openai import ParsedRequest
     from disagg_plugins.gateway.resumption import Resumption
     from disagg_plugins.types import Worker
 
+log = logging.getLogger(__name__)
+
 _encode = msgspec.json.encode
+
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What a decoder raises at bytes that are no JSON."""
 
 
 class UnreadableError(Exception):
@@ -34,41 +50,83 @@ class Bodies:
         parsed: The request.
         dialects: By engine.
         resumption: Asks for what another worker would need to go on.
+        spell: Returns the text of one token, where the texts of tokens, each by itself, make up
+            the text of all; None where that is not known.
     """
 
-    __slots__ = ("_dialects", "_parsed", "_resumption")
+    __slots__ = ("_dialects", "_parsed", "_resumption", "_spell")
 
     def __init__(
-        self, parsed: ParsedRequest, dialects: Mapping[str, Dialect], resumption: Resumption
+        self,
+        parsed: ParsedRequest,
+        dialects: Mapping[str, Dialect],
+        resumption: Resumption,
+        spell: Callable[[int], str] | None = None,
     ) -> None:
         self._parsed = parsed
         self._dialects = dialects
         self._resumption = resumption
+        self._spell = spell
 
     def prefill(self, worker: Worker, ref: HandoffRef) -> bytes:
         """Return what asks ``worker`` to read the prompt and hand over its KV."""
         dialect = self._dialects[worker.engine]
         body = _encode(dialect.prefill_body(self._parsed.body, ref))
-        return self._announced(dialect, "prefill", body, ref, None)
+        opener = self._opener(ref)
+        question = None if opener is None else _encode(opener.question(ref))
+        return self._announced(dialect, "prefill", body, ref, None, question)
 
-    def published(self, worker: Worker, ref: HandoffRef, answer: bytes) -> Published | None:
+    def _opener(self, ref: HandoffRef) -> OpeningDialect | None:
+        """Return the dialect of both workers if decode shall go on from what prefill writes."""
+        parsed, engine = self._parsed, ref.prefill.engine
+        if self._spell is None or engine != ref.decode.engine or not parsed.single:
+            return None
+        found = opening(self._dialects[engine])
+        if found is None or parsed.opaque is not None:
+            return None
+        return found if found.opens(parsed.body, chat=parsed.endpoint == CHAT) else None
+
+    def published(
+        self, worker: Worker, ref: HandoffRef, answer: bytes, told: bytes = b""
+    ) -> Published | None:
         """Return what the answer of a prefill worker tells of where the KV is.
 
+        Args:
+            worker: Who answered.
+            ref: The handoff.
+            answer: Its answer.
+            told: What its adapter said when it was asked; empty: it was not, or did not know.
+
         Raises:
-            UnreadableError: It is not JSON.
+            UnreadableError: The answer is not JSON.
             RemoteProtocolError: It tells nothing of a handoff.
         """
         try:
             plain = msgspec.json.decode(answer)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        except UNREADABLE as exc:
             raise UnreadableError(f"its answer is not JSON: {exc}") from exc
-        dialect = self._dialects[worker.engine]
-        return dialect.published(plain if isinstance(plain, dict) else {}, ref)
+        plain = plain if isinstance(plain, dict) else {}
+        published = self._dialects[worker.engine].published(plain, ref)
+        if not told or (opener := self._opener(ref)) is None or self._spell is None:
+            return published
+        try:
+            found = opener.opening(msgspec.json.decode(told, type=dict), plain)
+            if self._spell(found.token) != found.text:
+                raise RemoteProtocolError("the tokenizer says otherwise than the worker")
+        except (*UNREADABLE, RemoteProtocolError) as exc:
+            log.warning("handoff %s is decoded from its prompt alone: %s", ref.handoff_id, exc)
+            return published
+        return replace(published, opening=found)
 
     def decode(self, worker: Worker, ref: HandoffRef, published: Published | None) -> bytes:
         """Return what asks ``worker`` to write the answer to a prompt that was handed over."""
         dialect = self._dialects[worker.engine]
-        body = dialect.decode_body(self._parsed.body, ref, published)
+        found, opener = None if published is None else published.opening, opening(dialect)
+        if found is not None and opener is not None:
+            body = opener.continued_body(self._parsed.body, ref, found)
+            self._resumption.opened = Opened(found)
+        else:
+            body = dialect.decode_body(self._parsed.body, ref, published)
         encoded = _encode(self._resumption.body(dialect, worker, body))
         return self._announced(dialect, "decode", encoded, ref, published)
 
@@ -79,11 +137,15 @@ class Bodies:
         body: bytes,
         ref: HandoffRef,
         published: Published | None,
+        question: bytes | None = None,
     ) -> bytes:
         teller = announcing(dialect)
         if teller is None:
             return body
-        return AnnouncedBody.of(body, _encode(teller.announcement(step, ref, published)))
+        told = teller.announcement(step, ref, published)
+        if question is not None:
+            told = {**told, "opening": True}
+        return AnnouncedBody.of(body, _encode(told), question)
 
     def whole(self, worker: Worker) -> bytes:
         """Return what asks ``worker`` to do all of the request."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from disagg_plugins.gateway.announcing import AnnouncedBody, AnnouncedCall
@@ -103,8 +104,9 @@ class Calls:
         pool: WorkerPool,
         listener: CallListener,
     ) -> AnnouncedCall:
-        self.open[side] = call = AnnouncedCall(side, payload, listener, pool)
-        call.begin(self._gateway.members.announcing(worker), body.announcement)
+        connect = functools.partial(self._gateway.members.announcing, worker)
+        self.open[side] = call = AnnouncedCall(side, payload, listener, pool, connect)
+        call.begin(body)
         return call
 
     def cancel(self, side: str) -> None:

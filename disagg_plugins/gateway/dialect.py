@@ -51,6 +51,21 @@ class HandoffRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """What prefill wrote of an answer, for decode to go on from.
+
+    Attributes:
+        prompt: The ids of the prompt.
+        token: The id of the answer's first token.
+        text: What that token says.
+    """
+
+    prompt: list[int]
+    token: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
     """What a prefill worker's answer says of the handoff, whatever its engine (relay).
 
@@ -62,6 +77,7 @@ class Published:
             worker that samples it itself needs none.
         opaque: Fields that only the same engine understands.
         answer: The client's whole answer, where prefill has ended it: nobody has to decode.
+        opening: The beginning of it, where decode is to go on from there.
     """
 
     num_tokens: int
@@ -70,6 +86,7 @@ class Published:
     first_token: int = -1
     opaque: Mapping[str, object] = field(default_factory=dict)
     answer: Body | None = None
+    opening: Opening | None = None
 
 
 class Dialect(Protocol):
@@ -180,6 +197,40 @@ class AnnouncingDialect(Protocol):
         ...
 
 
+@runtime_checkable
+class OpeningDialect(Protocol):
+    """What an announcing dialect adds whose decode goes on from the token that prefill wrote.
+
+    Where the gateway means to do so, it says so in the prefill's announcement (``opening``), and
+    asks the prefill worker's adapter for the token ids once its engine has answered. Without them
+    the decode worker gets the prompt alone.
+    """
+
+    def opens(self, body: Body, *, chat: bool) -> bool:
+        """Return whether an answer to ``body`` can be put together from two."""
+        ...
+
+    def question(self, ref: HandoffRef) -> Body:
+        """Return what the adapter of the prefill worker is asked."""
+        ...
+
+    def opening(self, told: Body, answer: Body) -> Opening:
+        """Return the beginning of the answer.
+
+        Args:
+            told: What the adapter said.
+            answer: What the engine had answered.
+
+        Raises:
+            RemoteProtocolError: Together they do not tell it.
+        """
+        ...
+
+    def continued_body(self, body: Body, ref: HandoffRef, opening: Opening) -> Body:
+        """Return the body that asks the decode worker for what follows."""
+        ...
+
+
 def crosses(dialect: Dialect) -> bool:
     """Return whether an engine hands over to others; one that does not says ``crosses = False``."""
     return bool(getattr(dialect, "crosses", True))
@@ -204,6 +255,17 @@ def announcing(dialect: Dialect | None) -> AnnouncingDialect | None:
     if kind not in _announcing:
         _announcing[kind] = isinstance(dialect, AnnouncingDialect)
     return cast("AnnouncingDialect", dialect) if _announcing[kind] else None
+
+
+_opening: dict[type, bool] = {}
+
+
+def opening(dialect: Dialect | None) -> OpeningDialect | None:
+    """Return the dialect if its decode can go on from what prefill wrote, else None."""
+    kind = type(dialect)
+    if kind not in _opening:
+        _opening[kind] = isinstance(dialect, OpeningDialect)
+    return cast("OpeningDialect", dialect) if _opening[kind] else None
 
 
 _resuming: dict[type, bool] = {}

@@ -79,7 +79,8 @@ class Exchange:
         self._ref: HandoffRef | None = None
         self._family: Family | None = None
         self._resumption = Resumption(parsed, gateway.policy.gateway)
-        self._bodies = Bodies(parsed, gateway.fleet.dialects, self._resumption)
+        spell = gateway.prompts.spell
+        self._bodies = Bodies(parsed, gateway.fleet.dialects, self._resumption, spell)
         self._flow = f.Flow(self._resumption.times)
         self._times = Timeline(profile.arrival_s)
         self._hedge: Hedge | None = None
@@ -139,16 +140,11 @@ class Exchange:
         self._do(self._flow.on(f.ClientGone()))
 
     def _delivered(self) -> bool:
-        """Whether the client has the whole answer, though the worker has not ended it yet.
-
-        Clients leave at the end mark, or at the finish reason of their only choice: what follows
-        is usage and framing.
-        """
-        sse = self._sse
-        streaming = self._flow.state is f.State.STREAM
-        if sse is None or not streaming or sse.held or self._slow or self._client.lost_bytes:
+        """Whether the client has the whole answer, though the worker has not ended it yet."""
+        sse, streaming = self._sse, self._flow.state is f.State.STREAM
+        if sse is None or not streaming or self._slow or self._client.lost_bytes:
             return False
-        return sse.ended or (self._parsed.single and sse.end().finish is not None)
+        return sse.all_said(single=self._parsed.single)
 
     def _end_left(self) -> None:
         call = self._calls.open.get("decode")
@@ -283,7 +279,7 @@ class Exchange:
         side, heard = call.side, self._calls.heard[call.side]
         if heard.add(data) <= bound_bytes:
             return
-        if side == "decode" and heard.status == 200:
+        if side == "decode" and heard.status == 200 and self._resumption.opened is None:
             self._first = heard.take()
             self._times.stamp(monotonic())
             self._do(self._flow.on(f.DecodeStarted()))
@@ -326,9 +322,9 @@ class Exchange:
         route, ref = self._route, self._ref
         published: Published | None = None
         if isinstance(route, Disaggregated) and ref is not None and self._family == "relay":
-            answer = calls.heard["prefill"].body()
+            answer, told = calls.heard["prefill"].body(), calls.open["prefill"].told
             try:
-                published = self._bodies.published(route.prefill, ref, answer)
+                published = self._bodies.published(route.prefill, ref, answer, told)
             except (UnreadableError, RemoteProtocolError) as exc:
                 kind = "garbage" if isinstance(exc, UnreadableError) else "no_handoff"
                 self._do(self._flow.on(f.PrefillFailed(kind, str(exc))))
@@ -349,11 +345,13 @@ class Exchange:
 
     def _whole_end(self) -> None:
         body = self._calls.heard["decode"].take()
-        if not body.startswith(b"{") or not body.rstrip().endswith(b"}"):
-            self._do(self._flow.on(f.DecodeFailed("garbage", "its answer is not a JSON object")))
+        try:
+            self._first = self._resumption.whole(body)
+        except RemoteProtocolError as exc:
+            self._do(self._flow.on(f.DecodeFailed("garbage", str(exc))))
             return
         self._note_end(read_answer(body))
-        self._first, self._whole = body, True
+        self._whole = True
         self._times.stamp(monotonic())
         self._calls.claims.succeeded("decode")
         self._do(self._flow.on(f.DecodeStarted()))
@@ -388,6 +386,7 @@ class Exchange:
         if self._hedge is not None:  # somebody else is at it already
             self._adopt(command)
             return
+        self._resumption.opened = None
         whole, gateway = self._decode.whole, self._gateway
         may = not self._flow.retries or gateway.may_retry(self.record)
         if isinstance(command, f.SendLocal) and (command.elsewhere or not (whole and may)):
@@ -430,6 +429,7 @@ class Exchange:
         hedge, self._hedge = self._hedge, None
         if hedge is None:
             return
+        self._resumption.opened = None
         call = self._calls.adopt(hedge, self)
         self._decode = hedge.worker
         self.record.decode = hedge.worker.name
@@ -515,7 +515,7 @@ class Exchange:
     def _pass_chunks(self, call: Call) -> None:
         """Let chunks of whole events go the short way, where client and worker allow it."""
         sse, send = self._sse, self._client.raw_writer() if self._sse is not None else None
-        if sse is None or send is None:
+        if sse is None or send is None or self._resumption.opened is not None:
             return
         slow = functools.partial(self.call_data, call)
         take = short_way(self._resumption.trail, sse, self._times.stamp, send, slow)

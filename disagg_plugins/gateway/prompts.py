@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,11 @@ class Prompts:
         """Begin no more counting."""
         if self.counter is not None:
             self.counter.close()
+
+    @property
+    def spell(self) -> Callable[[int], str] | None:
+        """Returns the text of a token; None: that is not known, or depends on its neighbours."""
+        return None if self.counter is None else self.counter.spell
 
     def counting(self, parsed: ParsedRequest) -> Counting | None:
         """Return how the prompt can be counted, or None when it is exact or estimated."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from disagg_plugins.errors import LocalProtocolError
+from disagg_plugins.errors import LocalProtocolError, RemoteProtocolError
 from disagg_plugins.gateway.dialect import resuming
 from disagg_plugins.gateway.openai import CHAT
 from disagg_plugins.gateway.sse import StreamEnd, failed_at_once
@@ -17,6 +17,7 @@ from disagg_plugins.gateway.trail import MAX_PROMPT_TOKENS, Resumed, Trail, clos
 if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, Dialect
     from disagg_plugins.gateway.openai import ParsedRequest
+    from disagg_plugins.gateway.opened import Opened
     from disagg_plugins.gateway.sse import SseObserver
     from disagg_plugins.policy import GatewayPolicy
     from disagg_plugins.telemetry.records import RequestRecord
@@ -37,14 +38,25 @@ class Resumption:
         times: How often the stream may go on elsewhere.
         trail: What it has said in token ids; None: that is not noted.
         tried: Names of workers that failed at it; they are not asked again.
+        opened: Puts an answer together that another worker began; None: nobody did.
     """
 
-    __slots__ = ("_bound", "_parsed", "_resumed", "_why_not", "times", "trail", "tried")
+    __slots__ = (
+        "_bound",
+        "_parsed",
+        "_resumed",
+        "_why_not",
+        "opened",
+        "times",
+        "trail",
+        "tried",
+    )
 
     def __init__(self, parsed: ParsedRequest, policy: GatewayPolicy) -> None:
         self.times = policy.resumes if policy.resume and parsed.stream else 0
         self.trail: Trail | None = None
         self.tried: list[str] = []
+        self.opened: Opened | None = None
         self._parsed = parsed
         self._bound: int | None = None
         self._resumed: Resumed | None = None
@@ -77,7 +89,19 @@ class Resumption:
         """Return whole events as the client gets them."""
         if self._resumed is not None:
             return self._resumed.take(data)
+        if self.opened is not None:
+            return self.opened.stream(data)
         return data if self.trail is None else self.trail.take(data)
+
+    def whole(self, answer: bytes) -> bytes:
+        """Return an answer that is no stream as the client gets it.
+
+        Raises:
+            RemoteProtocolError: It is no answer, or does not go on from what was begun.
+        """
+        if not answer.startswith(b"{") or not answer.rstrip().endswith(b"}"):
+            raise RemoteProtocolError("its answer is not a JSON object")
+        return answer if self.opened is None else self.opened.whole(answer)
 
     def failure(self, data: bytes) -> tuple[bytes, str | None]:
         """Return whole events up to one that tells of the worker's failure, and what it tells."""
@@ -151,6 +175,10 @@ class Resumption:
 
     def ended(self, record: RequestRecord) -> None:
         """Write down what no single worker knew, or none was asked to tell."""
+        if self.opened is not None:
+            record.prompt_tokens, record.output_tokens = self.opened.counts(
+                record.prompt_tokens, record.output_tokens
+            )
         counts = None if self.trail is None else self.trail.counts
         if counts is not None and (self._resumed is not None or record.output_tokens is None):
             record.prompt_tokens, record.output_tokens = counts

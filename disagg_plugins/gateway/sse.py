@@ -76,6 +76,13 @@ class SseObserver:
         """Whether the end mark was forwarded."""
         return self.done or (bool(self.recent) and DONE in self.recent[-1][-32:])
 
+    def all_said(self, *, single: bool) -> bool:
+        """Return whether nothing of the answer is missing but usage and framing.
+
+        Clients leave at the end mark, or at the finish reason of their ``single`` choice.
+        """
+        return not self.held and (self.ended or (single and self.end().finish is not None))
+
     @property
     def held(self) -> bool:
         """Whether part of an event is being held back."""

@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.gateway.chat_template import chat_fields, load_chat_template
 from disagg_plugins.gateway.openai import CHAT
@@ -70,11 +72,22 @@ class TokenCounter:
     Args:
         tokenizer: The model's.
         render: What renders its chats; None: chats are estimated.
+        spell: Returns the text of one token; None where the texts of tokens, each by itself, do not
+            make up the text of all.
+
+    Attributes:
+        spell: See there.
     """
 
-    def __init__(self, tokenizer: Encodes, render: Rendering | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Encodes,
+        render: Rendering | None,
+        spell: Callable[[int], str] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._render = render
+        self.spell = spell
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
         self._waiting = 0
         self._told = False
@@ -187,6 +200,7 @@ def load_token_counter(path: Path) -> TokenCounter | None:
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        spell = (lambda token: str(tokenizer.decode([token]))) if joins(file) else None
     except Exception as exc:  # the library raises Exception itself
         log.warning("prompts are estimated: scheduler.tokenizer cannot be loaded: %s", exc)
         return None
@@ -202,7 +216,24 @@ def load_token_counter(path: Path) -> TokenCounter | None:
         )
     except ConfigError as exc:
         log.warning("chats are estimated: %s", exc)
-    return TokenCounter(tokenizer, render)
+    return TokenCounter(tokenizer, render, spell)
+
+
+def joins(file: Path) -> bool:
+    """Return whether texts of a ``tokenizer.json``'s tokens make up the text of all of them.
+
+    Tokens of bytes are; others (SentencePiece) drop the blank before the first one.
+    """
+    decoder = msgspec.json.decode(file.read_bytes(), type=_File).decoder
+    return decoder is not None and decoder.type == "ByteLevel"
+
+
+class _Decoder(msgspec.Struct):
+    type: str = ""
+
+
+class _File(msgspec.Struct):
+    decoder: _Decoder | None = None
 
 
 def _chars(messages: object) -> int:

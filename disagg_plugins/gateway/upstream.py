@@ -51,9 +51,10 @@ class Call:
         ended: Complete, failed or cancelled.
         retried: Sent again because a kept connection had died.
         last: The answer is complete with the bytes at hand; ``call_end`` follows.
+        told: What the worker's adapter said when it was asked about the answer.
     """
 
-    __slots__ = ("connection", "ended", "last", "listener", "payload", "retried", "side")
+    __slots__ = ("connection", "ended", "last", "listener", "payload", "retried", "side", "told")
 
     def __init__(self, side: str, payload: bytes, listener: CallListener) -> None:
         self.side = side
@@ -63,6 +64,7 @@ class Call:
         self.ended = False
         self.last = False
         self.retried = False
+        self.told = b""
 
     def cancel(self) -> None:
         """End the call; its connection is closed so that the worker sees it."""

@@ -47,7 +47,7 @@ class Site:
         self.listener = Announcements("127.0.0.1", self._hear)
         stack.callback(self.listener.close)
 
-    def _hear(self, said: Announcement) -> None:
+    def _hear(self, said: Announcement) -> dict[str, object]:
         self.heard.append(said)
         engine = self.stack.engines["p0" if said.step == "prefill" else "d0"]
         self.calls_before.append(engine.seen.requests)
@@ -55,6 +55,7 @@ class Site:
             self.released.wait(30)
         if said.step in self.refuse:
             raise LocalProtocolError("no room")
+        return {}
 
     def introduce(self, *names: str) -> Site:
         """Let the adapters say where they listen."""

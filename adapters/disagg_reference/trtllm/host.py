@@ -332,7 +332,9 @@ class TrtllmHost:
 
     def finished(self, request: Request, block_ids: Sequence[int]) -> bool:
         """See ``ConnectorHost``: asked on rank 0, then broadcast."""
-        view, blocks = LlmRequestPython(request.request_id, request.prompt), list(block_ids)
+        tokens = request.tokens(0, request.num_tokens)
+        view, blocks = LlmRequestPython(request.request_id, tokens), list(block_ids)
+        view.prompt_len = len(request.prompt)
         self._matches.pop(request.request_id, None)
         self._live.discard(request.request_id)
         if self._era == "1.2" and _was_cancelled(request):

@@ -36,6 +36,7 @@ def whole_check(two: Pair) -> None:
         assert len(asked.tokens) == tokens
         assert len(beside.tokens) == 30
         rule("what was fetched is matched", asked.request.matched_tokens == length - 17)
+    _first_token(two)
     _other_prompt(two)
     _false_ticket(two)
     _never_claimed(two)
@@ -45,6 +46,23 @@ def whole_check(two: Pair) -> None:
 
 def _fetched(two: Pair, given: tuple[int, ...], number: int, ticket: str) -> bool:
     return two.fetch(given, number, ticket)[0] == 200
+
+
+def _first_token(two: Pair) -> None:
+    """Decode goes on from the token that prefill wrote."""
+    number, ticket, given = two.number(), two.ticket(), prompt(24)
+    said = {"version": 1, "step": "prefill", "request_id": number, "ticket": ticket}
+    assert two.prefill.announce({**said, "opening": True})[0] == 200
+    (token,) = two.prefill.ask(given, 1, number).tokens
+    told = two.prefill.announce({**said, "step": "opening"})
+    rule(
+        "the first token is told as it was written",
+        told == (200, {"prompt": list(given), "token": token}),
+    )
+    assert _fetched(two, given, number, ticket)
+    asked = two.decode.ask((*given, token), 4, number)
+    assert len(asked.tokens) == 4
+    rule("all of the prompt is loaded", asked.request.matched_tokens == len(given))
 
 
 def _other_prompt(two: Pair) -> None:
@@ -168,7 +186,8 @@ def waits(self, right, request_id, tokens, computed):
 def whatever_prompt(self, right, request_id, tokens, computed):
     found = self._fetcher._here.get(request_id)
     if found is not None:
-        self._fetcher._here[request_id] = replace(found, prompt=prompt_digest(tokens))
+        digest = prompt_digest(tokens[: found.num_tokens])
+        self._fetcher._here[request_id] = replace(found, prompt=digest)
     return right(request_id, tokens, computed)
 
 
@@ -235,7 +254,8 @@ def publishes_a_block_too_few(self, right, new, known):
     return plan
 
 
-def forgets_nothing(self, right, request_id):
+def forgets_nothing(self, right, request_id, tokens):
+    self._openings.finished(request_id, tokens)
     self._keeps = [*getattr(self, "_keeps", []), request_id]
 
 
@@ -313,6 +333,27 @@ def order_of_tokens_first(module: Any) -> None:
         return made(*(getattr(found, name) for name in found.__dataclass_fields__))
 
     module.read_geometry = changed
+
+
+# The first token
+
+
+def one_prompt_token_is_computed_again(self, right, request_id, tokens, computed):
+    fetched = self._fetcher.look(request_id)
+    longer = fetched is not None and len(tokens) > fetched.num_tokens
+    matched, parks = right(request_id, tokens, computed)
+    if not longer or matched < 2:
+        return matched, parks
+    self._decodes[request_id].end_token -= 1
+    return matched - 1, parks
+
+
+def tells_the_last_token_of_the_prompt(self, right, request_id, tokens):
+    right(request_id, lambda: [*tokens()[:-1], *tokens()[-2:-1]])
+
+
+def tells_it_to_nobody(self, right, request_id, tokens):
+    right(request_id, lambda: [])
 
 
 # Ends
@@ -435,6 +476,16 @@ MUTANTS = {
     ),
     "raises_on_rank_1": Mutant(
         "hooks never raise", hooks(WORKER, start_load_kv=raises_on_rank_1), {"ranks": (2, 2)}
+    ),
+    "one_prompt_token_is_computed_again": Mutant(
+        "all of the prompt is loaded", scheduler(match=one_prompt_token_is_computed_again)
+    ),
+    "tells_the_last_token_of_the_prompt": Mutant(
+        "the first token is told as it was written",
+        scheduler(finished=tells_the_last_token_of_the_prompt),
+    ),
+    "tells_it_to_nobody": Mutant(
+        "the first token is told as it was written", scheduler(finished=tells_it_to_nobody)
     ),
     "never_sweeps": Mutant("nothing is left behind", fetcher(sweep=never_sweeps)),
     "takes_any_ticket": Mutant("false tickets are refused", scheduler(announced=takes_any_ticket)),

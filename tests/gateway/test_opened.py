@@ -1,0 +1,116 @@
+"""An answer that prefill began is put together with what decode wrote."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from disagg_plugins.errors import RemoteProtocolError
+from disagg_plugins.gateway.dialect import Opening
+from disagg_plugins.gateway.opened import Opened
+
+DONE = b"data: [DONE]\n\n"
+
+
+def opened() -> Opened:
+    return Opened(Opening([5, 6, 7], 8, "Once"))
+
+
+def event(text: str | None, finish: str | None = None, usage: object = None, **more) -> bytes:
+    choices = [] if text is None else [{"index": 0, "text": text, "finish_reason": finish, **more}]
+    plain = {"id": "c1", "object": "text_completion", "model": "m", "choices": choices}
+    if usage is not None:
+        plain["usage"] = usage
+    return b"data: " + json.dumps(plain, separators=(",", ":")).encode() + b"\n\n"
+
+
+def events(data: bytes) -> list[dict]:
+    assert data.endswith(DONE)
+    return [json.loads(e[5:]) for e in data[: -len(DONE)].split(b"\n\n") if e]
+
+
+def usage(prompt: int, output: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+
+
+def test_a_stream_begins_with_an_event_of_what_prefill_wrote() -> None:
+    this = opened()
+    first = this.stream(event(" upon", stop_reason=None))
+    later = event(" a") + event(" time", "stop", stop_reason=7)
+    assert this.stream(later) == later
+    said = events(first + later + this.stream(DONE))
+    assert [e["choices"][0]["text"] for e in said] == ["Once", " upon", " a", " time"]
+    assert [e["choices"][0]["finish_reason"] for e in said] == [None, None, None, "stop"]
+    assert {(e["id"], e["object"], e["model"]) for e in said} == {("c1", "text_completion", "m")}
+
+
+def test_an_end_in_the_first_event_stays_at_the_end() -> None:
+    said = events(opened().stream(event("", "stop", stop_reason=7) + DONE))
+    assert [e["choices"][0]["text"] for e in said] == ["Once", ""]
+    assert [e["choices"][0]["finish_reason"] for e in said] == [None, "stop"]
+    assert [e["choices"][0]["stop_reason"] for e in said] == [None, 7]
+
+
+def test_the_first_token_is_counted_as_a_part_of_the_answer() -> None:
+    this = opened()
+    data = this.stream(
+        event(" upon", "length", usage(4, 1)) + event(None, usage=usage(4, 1)) + DONE
+    )
+    said = events(data)
+    assert "usage" not in said[0]
+    assert [e["usage"] for e in said[1:]] == [usage(3, 2)] * 2
+    assert this.counts(4, 1) == (3, 2)
+    assert this.counts(None, None) == (None, None)
+
+
+def test_a_usage_with_blanks_is_counted_too() -> None:
+    this = opened()
+    this.stream(event(" upon"))
+    late = b'data: {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 1}}\n\n'
+    (said,) = events(this.stream(late) + DONE)
+    assert said["usage"] == {"prompt_tokens": 3, "completion_tokens": 2}
+
+
+@pytest.mark.parametrize("before", [b"", event(None, usage=usage(4, 0))])
+def test_decode_that_had_nothing_to_add_loses_nothing(before: bytes) -> None:
+    said = events(opened().stream(before + DONE))
+    assert said[-1]["choices"][0]["text"] == "Once"
+
+
+def test_lines_of_other_kinds_pass() -> None:
+    assert opened().stream(b": ping\n\n") == b": ping\n\n"
+
+
+def whole(text: object = " upon", counted: object = None, choices: int = 1) -> bytes:
+    choice = {"index": 0, "text": text, "finish_reason": "length"}
+    answer = {"id": "c1", "choices": [choice] * choices, "usage": counted or usage(4, 1)}
+    return json.dumps(answer).encode()
+
+
+def test_a_whole_answer_is_put_together() -> None:
+    answer = json.loads(opened().whole(whole()))
+    assert answer["choices"][0]["text"] == "Once upon"
+    assert answer["usage"] == usage(3, 2)
+
+
+def test_an_answer_without_usage_has_none() -> None:
+    answer = json.loads(opened().whole(b'{"choices": [{"text": " upon"}]}'))
+    assert answer == {"choices": [{"text": "Once upon"}]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (whole(counted=usage(3, 2)), "read 3 tokens, not the 4"),
+        (whole(counted={"prompt_tokens": "4"}), "not the 4"),
+        (whole(choices=2), "one choice"),
+        (whole(choices=0), "one choice"),
+        (whole(text=None), "one choice with a text"),
+        (b"[]", "one choice"),
+        (b"{", "not JSON"),
+    ],
+)
+def test_an_answer_to_something_else_is_refused(answer: bytes, why: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=why):
+        opened().whole(answer)
