@@ -18,6 +18,8 @@ REASONS = {
     "no report": "no decode worker reported a load",
     "nothing loaded": "decode reported a load of nothing",
     "load failed": "decode could not load the KV and computed the prompt",
+    "prefill no_handoff": "prefill answered without the parameters of a handoff, or with false "
+    "ones, and decode computed the prompt",
 }
 """What the gateway's words for a split that did not happen mean; others are shown as they are."""
 
@@ -25,6 +27,12 @@ CONNECTOR_FIX = (
     "start every worker with the connector (vLLM: --kv-transfer-config, SGLang: "
     "--disaggregation-transfer-backend disagg) and install disagg-plugins in its environment; "
     "`disagg doctor` run there, with the worker's own Python, says what is missing"
+)
+
+
+OWN_TRANSPORT_FIX = (
+    "the engine's own transport carries these handoffs: look at `failures` in the per-request "
+    "records, and at the servers' own logs and metrics"
 )
 
 
@@ -121,7 +129,11 @@ def _reports(status: Mapping[str, Any]) -> Iterator[Finding]:
             f"{rejected['signature']:g} reports of workers had a false signature",
             "give the gateway and every worker the same secret, and compare the hosts' clocks",
         )
-    able = [w for w in status["workers"] if w["healthy"] and w.get("handoffs", True)]
+    able = [
+        w
+        for w in status["workers"]
+        if w["healthy"] and w.get("handoffs", True) and not w.get("own_transport")
+    ]
     silent = [w["name"] for w in able if not w.get("hello")]
     if silent:
         yield Finding(
@@ -136,28 +148,63 @@ def _split(status: Mapping[str, Any]) -> Iterator[Finding]:
     split = status.get("split") or {}
     recent = split.get("recent_requests", 0)
     routed = split.get("routed_disaggregated", 0)
-    happened = split.get("happened", 0)
     roles = {w["role"] for w in status["workers"]}
     if not recent:
         yield Finding(Level.OK, "split", "no request yet: ask again after some traffic")
     elif not routed:
         yield from _never_routed(status, split, roles)
-    elif happened == routed:
+    else:
+        yield from _without_reports(split)
+        yield from _observed(status, split)
+
+
+def _without_reports(split: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield what nobody reports of, and what needed no handoff."""
+    recent = split.get("recent_requests", 0)
+    if unobserved := split.get("unobserved", 0):
+        yield Finding(
+            Level.OK,
+            "split",
+            f"{unobserved} of the last {recent} requests were split by the engine's own transport, "
+            "which nobody here observes: prefill answered with parameters and decode answered to "
+            "them; whether KV crossed only the servers' own metrics tell",
+        )
+    if ended := split.get("ended_by_prefill", 0):
+        yield Finding(
+            Level.OK,
+            "split",
+            f"{ended} of the last {recent} requests were ended by prefill: nothing was left to "
+            "hand over",
+        )
+
+
+def _observed(status: Mapping[str, Any], split: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield whether those splits happened of which somebody can tell."""
+    recent, routed = split.get("recent_requests", 0), split.get("routed_disaggregated", 0)
+    happened, unobserved = split.get("happened", 0), split.get("unobserved", 0)
+    expected = routed - unobserved - split.get("ended_by_prefill", 0)
+    good = happened + unobserved
+    if not expected:
+        return
+    if happened == expected:
         tokens = status.get("tokens_from_handoff", 0)
         yield Finding(
             Level.OK,
             "split",
-            f"{routed} of the last {recent} requests were split, all with KV loaded "
+            f"{happened} of the last {recent} requests were split, all with KV loaded "
             f"({tokens:g} prompt tokens taken from handoffs in all)",
         )
     else:
+        own = all(w.get("own_transport") for w in status["workers"])
+        none_fix = OWN_TRANSPORT_FIX if own else CONNECTOR_FIX
+        some_fix = OWN_TRANSPORT_FIX if own else "see the per-request records (handoff.problem)"
         for label, count in (split.get("not_happening") or {}).items():
             word = str(label).removeprefix("no: ")
             yield Finding(
-                Level.PROBLEM if happened == 0 or count * 10 > routed else Level.WARNING,
+                Level.PROBLEM if good == 0 or count * 10 > routed else Level.WARNING,
                 "split",
                 f"{count} of {routed} split requests loaded no KV: {REASONS.get(word, word)}",
-                CONNECTOR_FIX if happened == 0 else "see the per-request records (handoff.problem)",
+                some_fix if good else none_fix,
             )
 
 

@@ -49,8 +49,9 @@ class Answers:
         self._client.answer(status, body, self.lines(headers))
 
     def whole(self, body: bytes, type_line: bytes) -> None:
-        """Answer in one go with what the client asked for."""
+        """Answer in one go with what prefill has ended, as the client asked for it."""
         self._record.status = 200
+        self._record.ended_by_prefill = True
         self._client.answer(200, body, type_line + self._own_lines)
 
     def error(self, status: int, message: str, *, code: str | None) -> None:

@@ -105,7 +105,7 @@ class Exchange:
             fleet = self._gateway.fleet
             deadline_s, endpoints = self.profile.deadline_s, fleet.endpoints(route.prefill.name)
             self._ref = self._gateway.mint(route.prefill, route.decode, deadline_s, endpoints)
-            self._gateway.ledger.open(self._ref.handoff_id)
+            self._gateway.ledger.open(self._ref.handoff_id, observed=fleet.observed(route.prefill))
             work = self._bodies.writing(0)
             self._calls.claims.expect(self._gateway.members, route.decode, work)
             self._family = fleet.family(route.prefill, route.decode)

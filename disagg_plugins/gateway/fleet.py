@@ -22,7 +22,7 @@ from disagg_plugins.gateway.dialect import (
     pair_family,
     tells_endpoints,
 )
-from disagg_plugins.gateway.pairs import Across, PairProblems
+from disagg_plugins.gateway.pairs import Across, PairProblems, own_transport
 from disagg_plugins.gateway.role_lists import PHASES, RoleLists
 from disagg_plugins.gateway.worker_state import GONE, NOT_SICK, Work, WorkerState
 from disagg_plugins.types import IDLE, Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
@@ -473,6 +473,10 @@ class FleetState:
     def family(self, prefill: Worker, decode: Worker) -> Family:
         """Return how these two meet."""
         return pair_family(self.dialects[prefill.engine], self.dialects[decode.engine])
+
+    def observed(self, prefill: Worker) -> bool:
+        """Return whether workers report of the handoffs that ``prefill`` begins."""
+        return not own_transport(self.dialects[prefill.engine])
 
     def _pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
         if not _are_pair(prefill, decode):

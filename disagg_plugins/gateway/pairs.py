@@ -11,12 +11,21 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from disagg_plugins.gateway.dialect import Dialect
     from disagg_plugins.types import Worker
 
 Pair = tuple[str, str]
 """Names of a prefill and a decode worker."""
 
 Problem = Callable[["Worker", "Worker"], str | None]
+
+
+def own_transport(dialect: Dialect | None) -> bool:
+    """Return whether an engine carries its handoffs itself; it says ``own_transport = True``.
+
+    No adapter of ours runs in it then, so nobody reports what became of the KV.
+    """
+    return bool(getattr(dialect, "own_transport", False))
 
 
 class PairProblems(Mapping[Pair, str]):

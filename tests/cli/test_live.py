@@ -84,6 +84,49 @@ def test_split_that_fails_now_and_then_is_a_warning() -> None:
     assert [f.level for f in found] == [Level.WARNING]
 
 
+def own(name: str, role: str) -> dict[str, Any]:
+    """Return a worker whose engine carries its handoffs itself."""
+    return worker(name, role, hello=None, own_transport=True)
+
+
+def test_what_the_engines_own_transport_carries_is_said_in_words_and_is_no_problem() -> None:
+    told = split(6, 0, unobserved=5, ended_by_prefill=1)
+    found = status(workers=[own("c", "prefill"), own("g", "decode")], split=told)
+    assert bad(found) == []
+    said = [f.detail for f in judge(found) if f.subject == "split"]
+    assert len(said) == 2
+    assert (
+        "5 of the last 10 requests were split by the engine's own transport, which nobody"
+        in (said[0])
+    )
+    assert "1 of the last 10 requests were ended by prefill" in said[1]
+
+
+@pytest.mark.parametrize(("unobserved", "level"), [(0, Level.PROBLEM), (98, Level.WARNING)])
+def test_own_transports_that_fall_back_are_found_without_advice_about_a_connector(
+    unobserved: int, level: Level
+) -> None:
+    told = split(
+        unobserved + 2,
+        0,
+        unobserved=unobserved,
+        not_happening={"no: prefill no_handoff": 2},
+    )
+    (found,) = bad(status(workers=[own("c", "prefill"), own("g", "decode")], split=told))
+    assert found.level is level
+    assert "prefill answered without the parameters of a handoff" in found.detail
+    assert "connector" not in found.fix
+    assert "`failures`" in found.fix
+
+
+def test_of_two_kinds_of_splits_each_is_told() -> None:
+    found = status(split=split(5, 3, unobserved=2))
+    assert bad(found) == []
+    said = "\n".join(f.detail for f in judge(found))
+    assert "2 of the last 10 requests were split by the engine's own transport" in said
+    assert "3 of the last 10 requests were split, all with KV loaded" in said
+
+
 def test_prompts_that_all_stay_local_are_a_warning_with_the_reasons() -> None:
     found = bad(status(split=split(0, 0, local_reasons={"prompt is short": 10})))
     assert [f.level for f in found] == [Level.WARNING]
