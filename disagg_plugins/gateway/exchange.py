@@ -537,7 +537,7 @@ class Exchange:
     def _answer_verbatim(self, command: f.Command) -> None:
         said = command if isinstance(command, f.AnswerVerbatim) else f.AnswerVerbatim("decode")
         if said.answer is not None:
-            self._answers.whole(*self._bodies.as_asked(said.answer))
+            self._answers.whole(said.answer, self._bodies.as_asked(said.answer), self._times)
             return
         heard = self._calls.heard[said.side]
         self._answers.verbatim(heard.status, heard.headers, heard.body())

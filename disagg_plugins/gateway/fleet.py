@@ -303,7 +303,8 @@ class FleetState:
 
         A stream without usage counts as many tokens as it had pieces.
         """
-        state = self.states.get(record.decode)
+        writer = record.prefill if record.ended_by_prefill else record.decode
+        state = self.states.get(writer or "")
         if state is not None:
             state.tokens_written += record.output_tokens or len(record.gaps_s or ()) + 1
 

@@ -16,6 +16,7 @@ from disagg_plugins.canary.metrics import outcome_of
 from disagg_plugins.cli.checks import Level
 from disagg_plugins.cli.live import judge
 from disagg_plugins.policy import Policy
+from disagg_plugins.scheduling.prediction import observations
 from disagg_plugins.telemetry.records import RequestRecord
 from disagg_trtllm.native import NativeTrtllmDialect
 from disagg_vllm.dialect import VllmDialect
@@ -169,6 +170,11 @@ def test_an_answer_that_context_has_ended_is_the_clients(site, more) -> None:
     record = two.record
     assert (record["outcome"], record["split"]) == ("ok", "no: ended by prefill")
     assert record["handoff"]["outcome"] == "not_needed"
+    assert (record["prompt_tokens"], record["output_tokens"], record["finish"]) == (2, 1, "stop")
+    assert record["prefill_s"] <= record["ttft_s"] <= record["e2e_s"]
+    assert record["tpot_s"] is None
+    written = {w["name"]: w["tokens_written"] for w in two.stack.status()["workers"]}
+    assert written == {"c": 1, "g": 0}
     assert [f for f in judge(two.stack.status()) if f.level is not Level.OK] == []
     two.stack.wait_idle()
 
@@ -186,6 +192,10 @@ def test_an_ended_answer_reaches_a_stream_as_events(site, chat: bool) -> None:
     said = choice["delta"]["content"] if chat else choice["text"]
     assert (said, choice["finish_reason"]) == ("Hi", "stop")
     assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 3)
+    record = two.record
+    assert (record["prompt_tokens"], record["output_tokens"]) == (2, 1)
+    assert record["prefill_s"] <= record["ttft_s"] <= record["e2e_s"]
+    assert [each.phase for each in observations(record)] == ["prefill"]
     assert two.generation.seen == []
 
 
