@@ -7,12 +7,16 @@ what decode really loaded. ``judge`` turns that into findings, worst first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from typing import Any
 
 from disagg_plugins.cli.checks import Finding, Level
+from disagg_plugins.cli.common import say
 from disagg_plugins.cli.environment import get_json
+from disagg_plugins.gateway.worker_state import NOT_PROBED
+from disagg_plugins.telemetry.reports import HELLO_EVERY_S
 
 REASONS = {
     "no report": "no decode worker reported a load",
@@ -36,39 +40,84 @@ OWN_TRANSPORT_FIX = (
 )
 
 
-def examine_gateway(url: str) -> Sequence[Finding]:
-    """Return what is wrong, odd or right with the gateway at ``url``."""
+SETTLED_S = HELLO_EVERY_S + 2.0
+"""A gateway of this age has heard of every worker that can reach it, and has probed it."""
+
+LOOK_S = 0.5
+
+
+def examine_gateway(
+    url: str, *, pause: Callable[[float], object] = time.sleep
+) -> Sequence[Finding]:
+    """Return what is wrong, odd or right with the gateway at ``url``.
+
+    One that has just started is asked again until it has heard of its workers, or might have.
+
+    Args:
+        url: Where it listens.
+        pause: Waits for so many seconds.
+    """
+    found = _ask(url)
+    if not isinstance(found, Finding) and may_settle(found):
+        say(f"the gateway runs for {found['up_s']:.0f} s only: waiting to hear of its workers")
+        for _ in range(round(SETTLED_S / LOOK_S)):
+            pause(LOOK_S)
+            found = _ask(url)
+            if isinstance(found, Finding) or not may_settle(found):
+                break
+    if isinstance(found, Finding):
+        return [found]
+    order = [Level.PROBLEM, Level.WARNING, Level.OK]
+    return sorted(judge(found), key=lambda finding: order.index(finding.level))
+
+
+def may_settle(status: Mapping[str, Any]) -> bool:
+    """Return whether a gateway is so young that what is missing may just not have come yet."""
+    up_s = status.get("up_s")
+    if not isinstance(up_s, int | float) or up_s >= SETTLED_S:
+        return False
+    unprobed = any(not w["healthy"] and w.get("reason") == NOT_PROBED for w in status["workers"])
+    return unprobed or bool(_silent(status)) or bool(status.get("split_problems"))
+
+
+def _silent(status: Mapping[str, Any]) -> list[str]:
+    """Return the workers that should have introduced themselves and have not."""
+    return [
+        w["name"]
+        for w in status["workers"]
+        if w["healthy"]
+        and w.get("handoffs", True)
+        and not w.get("own_transport")
+        and not w.get("hello")
+    ]
+
+
+def _ask(url: str) -> Mapping[str, Any] | Finding:
+    """Return the status of a gateway, or why there is none."""
     try:
         status, answer = get_json(url, "/internal/status")
     except (OSError, HTTPException, ValueError) as problem:
-        return [
-            Finding(
-                Level.PROBLEM,
-                "gateway",
-                f"{url} does not answer: {problem}",
-                "start it (`disagg up` or `disagg serve`), or correct the address",
-            )
-        ]
+        return Finding(
+            Level.PROBLEM,
+            "gateway",
+            f"{url} does not answer: {problem}",
+            "start it (`disagg up` or `disagg serve`), or correct the address",
+        )
     if status == 403:
-        return [
-            Finding(
-                Level.PROBLEM,
-                "gateway",
-                f"{url} tells its state to its own host only",
-                "run this command on the gateway's host",
-            )
-        ]
+        return Finding(
+            Level.PROBLEM,
+            "gateway",
+            f"{url} tells its state to its own host only",
+            "run this command on the gateway's host",
+        )
     if status != 200 or not isinstance(answer, dict) or "workers" not in answer:
-        return [
-            Finding(
-                Level.PROBLEM,
-                "gateway",
-                f"{url}/internal/status answers {status}, not as this project's gateway does",
-                "give the gateway's address, not a worker's",
-            )
-        ]
-    order = [Level.PROBLEM, Level.WARNING, Level.OK]
-    return sorted(judge(answer), key=lambda finding: order.index(finding.level))
+        return Finding(
+            Level.PROBLEM,
+            "gateway",
+            f"{url}/internal/status answers {status}, not as this project's gateway does",
+            "give the gateway's address, not a worker's",
+        )
+    return answer
 
 
 def judge(status: Mapping[str, Any]) -> Iterator[Finding]:
@@ -129,13 +178,7 @@ def _reports(status: Mapping[str, Any]) -> Iterator[Finding]:
             f"{rejected['signature']:g} reports of workers had a false signature",
             "give the gateway and every worker the same secret, and compare the hosts' clocks",
         )
-    able = [
-        w
-        for w in status["workers"]
-        if w["healthy"] and w.get("handoffs", True) and not w.get("own_transport")
-    ]
-    silent = [w["name"] for w in able if not w.get("hello")]
-    if silent:
+    if silent := _silent(status):
         yield Finding(
             Level.PROBLEM,
             "connector",

@@ -150,6 +150,7 @@ def status_of(gateway: Gateway) -> dict[str, object]:
         "version": __version__,
         "model": gateway.fleet.model(),
         "draining": gateway.draining,
+        "up_s": time.monotonic() - gateway.began_s,
         "in_flight": len(gateway.active),
         "waiting": len(gateway.entrance),
         "counting": len(gateway.counting),
