@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from disagg_plugins.errors import DisaggError
+from disagg_plugins.errors import ConfigError, DisaggError
 from disagg_reference.faults import FaultyHost, read_faults
 from disagg_reference.settings import read_settings
 from disagg_reference.tiny import make_tiny
@@ -75,7 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(given: argparse.Namespace) -> None:
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as exc:
+        raise ConfigError(
+            f"torch is not installed for {sys.executable}",
+            fix="pip install 'disagg-plugins[reference]'",
+        ) from exc
 
     from disagg_reference.engine import Engine, EngineOptions
     from disagg_reference.server import Server, run_server

@@ -35,6 +35,16 @@ def test_a_mistake_ends_it_with_one_line(
     assert problem in said
 
 
+def test_an_environment_without_torch_ends_it_with_the_way_to_add_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["--model", str(model), "--port", "1"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"disagg-reference: torch is not installed for {sys.executable}")
+    assert "pip install 'disagg-plugins[reference]'" in said
+
+
 def test_a_port_in_use_ends_it(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert main(["--model", str(model), "--port", str(other.getsockname()[1])]) == 1
