@@ -75,14 +75,14 @@ class EnvironmentCheck:
         try:
             read_secret(policy.secret, base)
         except ConfigError as problem:
-            made = policy.secret.env is not None and all(w.launch for w in policy.fleet.workers)
-            note = " (`disagg up` makes one for its own run)" if made else ""
-            return Finding(
-                Level.WARNING if made and policy.secret.env not in os.environ else Level.PROBLEM,
-                "secret",
-                problem.problem + note,
-                problem.fix or "see the policy's secret section",
-            )
+            name, fix = policy.secret.env, problem.fix or "see the policy's secret section"
+            if name is None or not all(w.launch for w in policy.fleet.workers):
+                return Finding(Level.PROBLEM, "secret", problem.problem, fix)
+            if name in os.environ:  # and wrong: `disagg up` makes one only where none is set
+                fix += f", or unset {name}: `disagg up` then makes one for its own run"
+                return Finding(Level.PROBLEM, "secret", problem.problem, fix)
+            note = " (`disagg up` makes one for its own run)"
+            return Finding(Level.WARNING, "secret", problem.problem + note, fix)
         return Finding(Level.OK, "secret", "can be read")
 
     def _open_files(self, policy: Policy) -> Finding:
