@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disagg_plugins.errors import ConfigError, DisaggError
+from disagg_reference.config import read_config
 from disagg_reference.faults import FaultyHost, read_faults
 from disagg_reference.settings import read_settings
 from disagg_reference.tiny import make_tiny
@@ -92,6 +93,9 @@ async def _serve(given: argparse.Namespace) -> None:
     if str(given.model) == TINY:
         given.model = make_tiny(cache_folder() / TINY_FOLDER)
     faults = read_faults(given.fault)
+    if faults is not None:
+        config = read_config(given.model)
+        faults.check(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
     options = EngineOptions(
         given.model,
         dtype=given.dtype,

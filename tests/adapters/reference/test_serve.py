@@ -22,6 +22,8 @@ START_S = 60.0
     [
         (["--model", "/nowhere"], "/nowhere"),
         (["--fault", "meteor"], "'meteor' is no fault"),
+        (["--fault", "corrupt-blocks:99,0"], "corrupt-blocks:99,0: the model has 2 layers"),
+        (["--fault", "corrupt-blocks:0,99"], "KV heads"),
         (["--tensor-parallel-size", "3"], "cannot be shared by 3 ranks"),
         (["--policy", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
