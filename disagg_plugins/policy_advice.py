@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from disagg_plugins.canary.policy_words import canary_advice, canary_sentences
 from disagg_plugins.credentials import read_secret
 from disagg_plugins.errors import ConfigError
+from disagg_plugins.policy_pairs import carriers, engine_pairs
 from disagg_plugins.scheduling.weights import weights_of
 from disagg_plugins.types import Role
 
@@ -120,6 +121,8 @@ def engine_advice(policy: Policy, dialects: Mapping[str, Dialect]) -> Iterator[s
         policy: The policy.
         dialects: By engine, of the plugins that are installed; what is not known is passed over.
     """
+    if policy.scheduler.split.rule != "never":
+        yield from engine_pairs(policy, dialects).problems
     known = [(w, dialects[w.engine]) for w in policy.fleet.workers if w.engine in dialects]
     for worker, dialect in known:
         if worker.role_switch and dialect.decode_is_whole:
@@ -162,13 +165,18 @@ def can_split(policy: Policy) -> bool:
     return bool(prefill) and len(prefill | decode) > 1
 
 
-def explain(policy: Policy) -> str:
-    """Return the policy in words, one fact a line."""
-    return "\n".join(_sentences(policy))
+def explain(policy: Policy, dialects: Mapping[str, Dialect] | None = None) -> str:
+    """Return the policy in words, one fact a line.
+
+    Args:
+        policy: The policy.
+        dialects: By engine, of the plugins that are installed.
+    """
+    return "\n".join(_sentences(policy, dialects or {}))
 
 
-def _sentences(policy: Policy) -> Iterator[str]:
-    gateway, handoff, plugins = policy.gateway, policy.handoff, policy.plugins
+def _sentences(policy: Policy, dialects: Mapping[str, Dialect]) -> Iterator[str]:
+    gateway, plugins = policy.gateway, policy.plugins
     model = policy.model or "the model that the workers name"
     yield f"The gateway listens on {gateway.host}:{gateway.port} and serves {model}."
     for worker in policy.fleet.workers:
@@ -187,15 +195,7 @@ def _sentences(policy: Policy) -> Iterator[str]:
         "The worker with the best mean of its scores is chosen; equals take turns. Scores weigh: "
         f"{', '.join([*counted, 'of any other package 1'])}."
     )
-    yield (
-        f"KV travels by {', else '.join(handoff.transports)}; a worker stages at most "
-        f"{handoff.staging_bytes / (1 << 20):g} MiB a rank and waits {handoff.staging_wait_s:g} s "
-        "for room."
-    )
-    yield (
-        f"A handoff nobody claims is freed after {handoff.lease_s:g} s. A load may take "
-        f"{handoff.load_s:g} s; if it fails, the decode worker computes the prompt itself."
-    )
+    yield from _handoff_sentences(policy, dialects)
     source = policy.secret
     where = f"environment variable {source.env}" if source.env else f"file {source.file}"
     yield f"The shared secret is in the {where}."
@@ -219,6 +219,30 @@ def _sentences(policy: Policy) -> Iterator[str]:
         yield f"A record of each request is written to {policy.telemetry.records}."
     if policy.canary is not None:
         yield from canary_sentences(policy.canary)
+
+
+def _handoff_sentences(policy: Policy, dialects: Mapping[str, Dialect]) -> Iterator[str]:
+    """Yield how KV travels, and what ends a handoff."""
+    handoff, found = policy.handoff, carriers(policy, dialects)
+    if found.own:
+        yield (
+            f"Between workers of {' and '.join(found.own)} KV travels by the engine's own "
+            "transport, which nobody here observes and the section handoff does not govern. "
+            f"Prefill may take {policy.gateway.prefill_s:g} s; if it fails, the decode worker "
+            "computes the prompt itself."
+        )
+    if not found.ours:
+        return
+    yield (
+        f"{'Between other workers ' if found.own else ''}KV travels by "
+        f"{', else '.join(handoff.transports)}; a worker stages at most "
+        f"{handoff.staging_bytes / (1 << 20):g} MiB a rank and waits {handoff.staging_wait_s:g} s "
+        "for room."
+    )
+    yield (
+        f"A handoff nobody claims is freed after {handoff.lease_s:g} s. A load may take "
+        f"{handoff.load_s:g} s; if it fails, the decode worker computes the prompt itself."
+    )
 
 
 _ORDERS = {

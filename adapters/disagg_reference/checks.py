@@ -5,10 +5,11 @@ Imports no engine.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 
 from disagg_plugins.cli.checks import CheckContext, Finding, Level
-from disagg_plugins.cli.engine_check import Answer, EngineCheck, Question
+from disagg_plugins.cli.engine_check import Answer, EngineCheck, Question, ask
 
 NEEDED = ("aiohttp", "safetensors", "tokenizers", "torch")
 
@@ -23,10 +24,7 @@ class ReferenceCheck(EngineCheck):
 
     def judge(self, python: str, answer: Answer, env: Mapping[str, str]) -> Iterator[Finding]:
         """Yield whether the engine and what it needs are there."""
-        missing = [name for name in NEEDED if answer.versions[name] is None]
-        if not answer.installed:
-            missing.insert(0, "disagg-plugins")
-        if missing:
+        if missing := _missing(answer):
             yield Finding(
                 Level.PROBLEM,
                 self.name,
@@ -37,5 +35,21 @@ class ReferenceCheck(EngineCheck):
         yield Finding(Level.OK, self.name, f"torch {answer.versions['torch']} in {python}")
 
     def without_policy(self, context: CheckContext) -> Iterator[Finding]:
-        """Yield nothing: nobody misses an engine for demonstrations and tests."""
-        return iter(())
+        """Yield whether it is here; nobody has to have an engine for demonstrations and tests."""
+        answer = ask(self.question, sys.executable, {})
+        missing = _missing(answer)
+        if not missing:
+            yield from self.judge(sys.executable, answer, {})
+            return
+        yield Finding(
+            Level.OK,
+            self.name,
+            f"{sys.executable} has no {', '.join(missing)}: `disagg demo` needs it "
+            "(pip install 'disagg-plugins[reference]'), nothing else does",
+        )
+
+
+def _missing(answer: Answer) -> list[str]:
+    """Return the distributions that an environment lacks."""
+    missing = [name for name in NEEDED if answer.versions[name] is None]
+    return missing if answer.installed else ["disagg-plugins", *missing]

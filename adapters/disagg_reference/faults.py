@@ -41,6 +41,23 @@ class Faults:
     drop_transfers: bool = False
     corrupt: tuple[int, int] | None = None
 
+    def check(self, *, num_layers: int, num_kv_heads: int) -> None:
+        """Refuse what a model of that shape has not.
+
+        Raises:
+            ConfigError: The layer or the head to be damaged is none of its own.
+        """
+        if self.corrupt is None:
+            return
+        layer, head = self.corrupt
+        if layer >= num_layers or head >= num_kv_heads:
+            raise ConfigError(
+                f"corrupt-blocks:{layer},{head}: the model has {num_layers} layers and "
+                f"{num_kv_heads} KV heads",
+                key="--fault",
+                fix=f"name a layer of 0 to {num_layers - 1} and a head of 0 to {num_kv_heads - 1}",
+            )
+
     def before_step(self, number: int) -> None:
         """Do what is due before an iteration."""
         if self.slow_s:
@@ -68,6 +85,8 @@ def read_faults(asked: Sequence[str]) -> Faults | None:
                 found["drop_transfers"] = True
             elif name == "corrupt-blocks":
                 layer, head = (int(number) for number in value.split(","))
+                if layer < 0 or head < 0:
+                    raise ValueError(each)
                 found["corrupt"] = (layer, head)
             else:
                 raise ValueError(each)

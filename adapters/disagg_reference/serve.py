@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from disagg_plugins.errors import DisaggError
+from disagg_plugins.errors import ConfigError, DisaggError
+from disagg_reference.config import read_config
 from disagg_reference.faults import FaultyHost, read_faults
 from disagg_reference.settings import read_settings
 from disagg_reference.tiny import make_tiny
@@ -75,7 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(given: argparse.Namespace) -> None:
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as exc:
+        raise ConfigError(
+            f"torch is not installed for {sys.executable}",
+            fix="pip install 'disagg-plugins[reference]'",
+        ) from exc
 
     from disagg_reference.engine import Engine, EngineOptions
     from disagg_reference.server import Server, run_server
@@ -86,6 +93,9 @@ async def _serve(given: argparse.Namespace) -> None:
     if str(given.model) == TINY:
         given.model = make_tiny(cache_folder() / TINY_FOLDER)
     faults = read_faults(given.fault)
+    if faults is not None:
+        config = read_config(given.model)
+        faults.check(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
     options = EngineOptions(
         given.model,
         dtype=given.dtype,

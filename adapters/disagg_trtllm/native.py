@@ -42,6 +42,7 @@ class NativeTrtllmDialect:
     engine: str = "trtllm-native"
     family: Family = "relay"
     crosses: bool = False
+    own_transport: bool = True
     decode_is_whole: bool = True
     answers_endpoints: bool = True
 

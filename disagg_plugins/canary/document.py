@@ -12,6 +12,7 @@ from disagg_plugins.canary.histogram import BINS_PER_DECADE, EDGES, LOWER, UPPER
 from disagg_plugins.canary.lookout import title
 from disagg_plugins.canary.metrics import METRICS
 from disagg_plugins.canary.rollout import UNDECIDED
+from disagg_plugins.telemetry.ledger import UNOBSERVED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,7 +118,11 @@ def _arm(gateway: Gateway) -> Plain:
             }
             for state in gateway.fleet.states.values()
         ],
-        "split": {"routed": len(routed), "happened": sum(s == "yes" for s in routed)},
+        "split": {
+            "routed": len(routed),
+            "happened": routed.count("yes"),
+            "unobserved": routed.count(UNOBSERVED),
+        },
     }
 
 

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from disagg_plugins.errors import ConfigError
+from disagg_plugins.telemetry.ledger import UNOBSERVED
 
 if TYPE_CHECKING:
     from disagg_plugins.telemetry.records import RequestRecord
@@ -59,9 +60,11 @@ class Outcome:
         stream: Answers in one piece have no first token of their own.
         within_slo: Whether it kept all bounds of its SLO class; None: it has none, or nobody knows.
         to_split: Whether its route had a prefill worker.
-        split: Whether its KV really travelled.
+        split: Whether its KV really travelled; where the engine's own transport carries it, whether
+            decode answered to the handoff without falling back.
         kv_failed: Whether its handoff was lost; None: there was none, or the client left.
-        lease_ended: Whether its KV was never fetched and freed by the lease; None as above.
+        lease_ended: Whether its KV was never fetched and freed by the lease; None as above, or
+            nobody observes it.
         recomputed_share: Share of the prompt that the decode worker computed again; None as above.
         per_worker: What ``efficiency`` says of its arm's workers; None: unknown.
         per_cost: The same of their cost.
@@ -202,7 +205,8 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric(
             "kv_failures", "share", "", "lower",
-            "split requests whose KV was lost or never came", lambda o: _optional(o.kv_failed),
+            "split requests whose KV was lost or never came, as far as that can be seen",
+            lambda o: _optional(o.kv_failed),
         ),
         Metric(
             "lease_ends", "share", "", "lower",
@@ -215,7 +219,7 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric(
             "split_share", "share", "", None,
-            "requests whose KV really travelled, of all", _split_share,
+            "requests whose KV really travelled, or was carried unobserved, of all", _split_share,
         ),
     )
 }  # fmt: skip
@@ -261,7 +265,9 @@ def outcome_of(
     ended = _ended(record)
     handoff = record.handoff
     to_split = record.route == "disaggregated"
-    told = to_split and ended not in ("client_gone", "rejected")
+    told = to_split and ended not in ("client_gone", "rejected") and not record.ended_by_prefill
+    split = record.split in ("yes", UNOBSERVED)
+    reported = handoff is not None and handoff.report != "none"
     recomputed = None
     if told and handoff is not None and handoff.tokens_recomputed is not None:
         prompt = max(1, record.prompt_tokens or record.prompt_tokens_estimate)
@@ -278,9 +284,9 @@ def outcome_of(
         stream=record.stream,
         within_slo=_within(record, ended, ttft_slo_s, tpot_slo_s) if slo else None,
         to_split=to_split,
-        split=record.split == "yes",
-        kv_failed=record.split != "yes" if told else None,
-        lease_ended=handoff.outcome == "expired" if told and handoff is not None else None,
+        split=split,
+        kv_failed=not split if told else None,
+        lease_ended=handoff.outcome == "expired" if told and handoff and reported else None,
         recomputed_share=recomputed,
         per_worker=per_worker,
         per_cost=per_cost,

@@ -106,6 +106,8 @@ ARMS_HEAD = ("Arm", "Model", "Requests", "In flight", "Really split, of the last
 
 def _arm(name: str, arm: Mapping[str, Any]) -> Iterable[object]:
     split = f"{arm['split']['happened']} of {arm['split']['routed']}"
+    if unobserved := arm["split"].get("unobserved"):
+        split += f", {unobserved} unobserved"
     workers = "; ".join(
         f"{w['name']} ({w['role']}): {'healthy' if w['healthy'] else w['reason']}"
         for w in arm["workers"]

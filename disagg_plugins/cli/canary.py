@@ -235,9 +235,11 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     for arm, told in found.get("arms", {}).items():
         healthy = sum(bool(w["healthy"]) for w in told["workers"])
         split = told["split"]
+        unseen = f", {split['unobserved']} unobserved" if split.get("unobserved") else ""
         yield (
             f"{arm}: {healthy} of {len(told['workers'])} workers healthy, {told['requests']:.0f} "
             f"requests, of the last ones {split['routed']} split and {split['happened']} really so"
+            f"{unseen}"
         )
     for guardrail in found["guardrails"]:
         yield f"{guardrail['answer']:>5}  {guardrail['reason']}"

@@ -46,6 +46,7 @@ class CheckContext:
         policy_path: The absolute path of its file.
         engines: Engines that some plugin speaks to.
         plugin_failures: What could not be loaded, in words.
+        own_transport: Those of them that carry their handoffs themselves.
         unknown_names: What the policy names and no plugin offers, in words.
     """
 
@@ -54,6 +55,7 @@ class CheckContext:
     engines: frozenset[str] = frozenset()
     plugin_failures: tuple[str, ...] = ()
     unknown_names: tuple[str, ...] = ()
+    own_transport: frozenset[str] = frozenset()
 
 
 class Check(Protocol):

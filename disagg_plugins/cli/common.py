@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,10 +51,29 @@ WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Hosts that mean every address of this machine, and the one to ask there."""
 
 
+POLICY_ENV = "DISAGG_POLICY"
+"""Names the policy; servers of engines without room for an option of ours know it too."""
+
+POLICY_HERE = Path("disagg.yaml")
+
+
+def found_policy() -> Path | None:
+    """Return the policy that is meant where none is named: the environment's, else the one here."""
+    named = os.environ.get(POLICY_ENV)
+    if named:
+        return Path(named)
+    return POLICY_HERE if POLICY_HERE.is_file() else None
+
+
 def add_gateway(parser: argparse.ArgumentParser) -> None:
     """Add the address of a running gateway, told by itself or by its policy, as options."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--gateway", metavar="URL", help=f"default: {DEFAULT_GATEWAY}")
+    where.add_argument(
+        "--gateway",
+        metavar="URL",
+        help=f"default: where the policy that {POLICY_ENV} names, or {POLICY_HERE} here, has it, "
+        f"else {DEFAULT_GATEWAY}",
+    )
     where.add_argument(
         "--policy", type=Path, metavar="POLICY", help="ask the gateway that this policy file is for"
     )
@@ -65,11 +85,14 @@ def gateway_url(args: argparse.Namespace) -> str:
     Raises:
         ConfigError: The policy cannot be read or is wrong.
     """
-    if args.policy is None:
-        return args.gateway or DEFAULT_GATEWAY
+    if args.gateway is not None:
+        return str(args.gateway)
+    path: Path | None = args.policy or found_policy()
+    if path is None:
+        return DEFAULT_GATEWAY
     from disagg_plugins.policy_file import read_policy as read_quietly
 
-    return listening_at(read_quietly(args.policy.expanduser()).policy)
+    return listening_at(read_quietly(path.expanduser()).policy)
 
 
 def listening_at(policy: Policy) -> str:

@@ -22,8 +22,12 @@ from urllib.request import urlopen
 
 import yaml
 
+from disagg_plugins.cli.checks import CheckContext, Level
 from disagg_plugins.cli.common import positive_int, say
+from disagg_plugins.cli.doctor import run_check
 from disagg_plugins.errors import ConfigError, DisaggError
+from disagg_plugins.plugins import PluginHost
+from disagg_plugins.policy import Policy
 
 if TYPE_CHECKING:
     import argparse
@@ -107,6 +111,7 @@ class DemoCommand:
             raise ConfigError(
                 f"no model for {args.engine}", key="--model", fix="name the folder of a model"
             )
+        refuse_unready(args)
         started_s = time.monotonic()
         result = run_demo(args)
         result["seconds"] = round(time.monotonic() - started_s, 2)
@@ -117,6 +122,35 @@ class DemoCommand:
             print(f"demo: {problem}", file=sys.stderr)
         print(f"written: {args.out}" + ("; the demo FAILED" if wrong else ""))
         return 1 if wrong else 0
+
+
+def refuse_unready(args: argparse.Namespace) -> None:
+    """Refuse an engine that its environment has not all parts of, before anything starts.
+
+    Raises:
+        ConfigError: What the doctor's check of the engine calls a problem, with what to install.
+    """
+    said = Policy.model_validate(policy(args, (1, 2), 3))
+    with PluginHost.load(said.plugins) as host:
+        launchers, checks = host.launchers(), host.checks()
+        if args.engine not in launchers:
+            raise ConfigError(
+                f"no plugin installed here starts the engine {args.engine!r}",
+                key="--engine",
+                fix=f"install its adapter, or choose one of {', '.join(sorted(launchers))}",
+            )
+        if args.engine not in checks:
+            return
+        path = (args.run_dir / "split.yaml").absolute()
+        context = CheckContext(said, path, frozenset(launchers))
+        found = run_check(checks[args.engine], context)
+    problems = [finding for finding in found if finding.level is Level.PROBLEM]
+    if problems:
+        raise ConfigError(
+            "; ".join(dict.fromkeys(finding.detail for finding in problems)),
+            key="--python",
+            fix="; ".join(dict.fromkeys(finding.fix for finding in problems)),
+        )
 
 
 def run_demo(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from disagg_plugins.cli.checks import CheckContext, Finding, Level, render, worst
 from disagg_plugins.cli.common import add_policy, listening_at, read_policy, unknown_names
 from disagg_plugins.errors import ConfigError
+from disagg_plugins.gateway.pairs import own_transport
 from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy_file import read_policy as read_quietly
 
@@ -39,14 +40,15 @@ def examine(policy_path: Path | None) -> dict[str, Sequence[Finding]]:
     """Return the findings of every check by its name."""
     loaded = read_policy(policy_path) if policy_path else None
     with PluginHost.load(loaded.policy.plugins if loaded else None) as host:
-        engines = frozenset(host.dialects())
+        dialects = host.dialects()
         if loaded is not None:
             host.start(loaded.policy)
         checks = host.checks()
         context = CheckContext(
             policy=loaded.policy if loaded else None,
             policy_path=loaded.path if loaded else None,
-            engines=engines,
+            engines=frozenset(dialects),
+            own_transport=frozenset(name for name, d in dialects.items() if own_transport(d)),
             plugin_failures=tuple(str(f) for f in host.failures),
             unknown_names=tuple(unknown_names(loaded.policy, host)) if loaded else (),
         )

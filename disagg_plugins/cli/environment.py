@@ -68,21 +68,21 @@ class EnvironmentCheck:
         if context.policy is not None and context.policy_path is not None:
             yield self._secret(context.policy, context.policy_path.parent)
             yield self._open_files(context.policy)
-            yield self._memory(context.policy)
+            yield self._memory(context.policy, context.own_transport)
             yield from judge_gateway_port(context.policy)
 
     def _secret(self, policy: Policy, base: Path) -> Finding:
         try:
             read_secret(policy.secret, base)
         except ConfigError as problem:
-            made = policy.secret.env is not None and all(w.launch for w in policy.fleet.workers)
-            note = " (`disagg up` makes one for its own run)" if made else ""
-            return Finding(
-                Level.WARNING if made and policy.secret.env not in os.environ else Level.PROBLEM,
-                "secret",
-                problem.problem + note,
-                problem.fix or "see the policy's secret section",
-            )
+            name, fix = policy.secret.env, problem.fix or "see the policy's secret section"
+            if name is None or not all(w.launch for w in policy.fleet.workers):
+                return Finding(Level.PROBLEM, "secret", problem.problem, fix)
+            if name in os.environ:  # and wrong: `disagg up` makes one only where none is set
+                fix += f", or unset {name}: `disagg up` then makes one for its own run"
+                return Finding(Level.PROBLEM, "secret", problem.problem, fix)
+            note = " (`disagg up` makes one for its own run)"
+            return Finding(Level.WARNING, "secret", problem.problem + note, fix)
         return Finding(Level.OK, "secret", "can be read")
 
     def _open_files(self, policy: Policy) -> Finding:
@@ -100,14 +100,19 @@ class EnvironmentCheck:
             )
         return Finding(Level.OK, "open files", f"{soft} allowed, at most {needed} needed")
 
-    def _memory(self, policy: Policy) -> Finding:
+    def _memory(self, policy: Policy, own_transport: frozenset[str]) -> Finding:
         local = [
             w
             for w in policy.fleet.workers
-            if w.role.serves(Role.PREFILL) and urlsplit(w.url).hostname in LOOPBACK
+            if w.role.serves(Role.PREFILL)
+            and urlsplit(w.url).hostname in LOOPBACK
+            and w.engine not in own_transport
         ]
         staging_bytes = policy.handoff.staging_bytes * len(local)
         available_bytes = psutil.virtual_memory().available
+        if not local:
+            detail = f"no worker here stages KV, {available_bytes // MIB} MiB are available"
+            return Finding(Level.OK, "memory", detail)
         detail = (
             f"staging of {len(local)} prefill workers takes up to {staging_bytes // MIB} MiB, "
             f"{available_bytes // MIB} MiB are available"

@@ -88,13 +88,23 @@ def _ended(record: Mapping[str, Any]) -> Iterator[str]:
     ]
     yield f"ended: {record['outcome']} ({record['status']}){''.join(f', {t}' for t in times)}"
     if record.get("handoff"):
-        handoff = record["handoff"]
-        yield (
-            f"handoff: {handoff['outcome']}, {handoff['tokens_loaded']} tokens loaded by "
-            f"{handoff.get('transport') or 'nothing'}; split happened: {record['split']}"
-        )
+        yield _handoff(record["handoff"], record)
     for failure in record.get("failures") or ():
         yield "failed: {worker}, {side}, {kind}: {detail}".format(**failure)
+
+
+def _handoff(handoff: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    if record.get("ended_by_prefill"):
+        return "handoff: none was needed, prefill ended the answer"
+    if handoff["outcome"] == "unobserved":
+        return (
+            "handoff: carried by the engine's own transport, which nobody here observes; decode "
+            "answered to the parameters of prefill"
+        )
+    return (
+        f"handoff: {handoff['outcome']}, {handoff['tokens_loaded']} tokens loaded by "
+        f"{handoff.get('transport') or 'nothing'}; split happened: {record['split']}"
+    )
 
 
 def _admission(step: Step) -> Iterator[str]:

@@ -7,17 +7,23 @@ what decode really loaded. ``judge`` turns that into findings, worst first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from typing import Any
 
 from disagg_plugins.cli.checks import Finding, Level
+from disagg_plugins.cli.common import say
 from disagg_plugins.cli.environment import get_json
+from disagg_plugins.gateway.worker_state import NOT_PROBED
+from disagg_plugins.telemetry.reports import HELLO_EVERY_S
 
 REASONS = {
     "no report": "no decode worker reported a load",
     "nothing loaded": "decode reported a load of nothing",
     "load failed": "decode could not load the KV and computed the prompt",
+    "prefill no_handoff": "prefill answered without the parameters of a handoff, or with false "
+    "ones, and decode computed the prompt",
 }
 """What the gateway's words for a split that did not happen mean; others are shown as they are."""
 
@@ -28,39 +34,90 @@ CONNECTOR_FIX = (
 )
 
 
-def examine_gateway(url: str) -> Sequence[Finding]:
-    """Return what is wrong, odd or right with the gateway at ``url``."""
+OWN_TRANSPORT_FIX = (
+    "the engine's own transport carries these handoffs: look at `failures` in the per-request "
+    "records, and at the servers' own logs and metrics"
+)
+
+
+SETTLED_S = HELLO_EVERY_S + 2.0
+"""A gateway of this age has heard of every worker that can reach it, and has probed it."""
+
+LOOK_S = 0.5
+
+
+def examine_gateway(
+    url: str, *, pause: Callable[[float], object] = time.sleep
+) -> Sequence[Finding]:
+    """Return what is wrong, odd or right with the gateway at ``url``.
+
+    One that has just started is asked again until it has heard of its workers, or might have.
+
+    Args:
+        url: Where it listens.
+        pause: Waits for so many seconds.
+    """
+    found = _ask(url)
+    if not isinstance(found, Finding) and may_settle(found):
+        say(f"the gateway runs for {found['up_s']:.0f} s only: waiting to hear of its workers")
+        for _ in range(round(SETTLED_S / LOOK_S)):
+            pause(LOOK_S)
+            found = _ask(url)
+            if isinstance(found, Finding) or not may_settle(found):
+                break
+    if isinstance(found, Finding):
+        return [found]
+    order = [Level.PROBLEM, Level.WARNING, Level.OK]
+    return sorted(judge(found), key=lambda finding: order.index(finding.level))
+
+
+def may_settle(status: Mapping[str, Any]) -> bool:
+    """Return whether a gateway is so young that what is missing may just not have come yet."""
+    up_s = status.get("up_s")
+    if not isinstance(up_s, int | float) or up_s >= SETTLED_S:
+        return False
+    unprobed = any(not w["healthy"] and w.get("reason") == NOT_PROBED for w in status["workers"])
+    return unprobed or bool(_silent(status)) or bool(status.get("split_problems"))
+
+
+def _silent(status: Mapping[str, Any]) -> list[str]:
+    """Return the workers that should have introduced themselves and have not."""
+    return [
+        w["name"]
+        for w in status["workers"]
+        if w["healthy"]
+        and w.get("handoffs", True)
+        and not w.get("own_transport")
+        and not w.get("hello")
+    ]
+
+
+def _ask(url: str) -> Mapping[str, Any] | Finding:
+    """Return the status of a gateway, or why there is none."""
     try:
         status, answer = get_json(url, "/internal/status")
     except (OSError, HTTPException, ValueError) as problem:
-        return [
-            Finding(
-                Level.PROBLEM,
-                "gateway",
-                f"{url} does not answer: {problem}",
-                "start it (`disagg up` or `disagg serve`), or correct the address",
-            )
-        ]
+        return Finding(
+            Level.PROBLEM,
+            "gateway",
+            f"{url} does not answer: {problem}",
+            "start it (`disagg up` or `disagg serve`), or correct the address",
+        )
     if status == 403:
-        return [
-            Finding(
-                Level.PROBLEM,
-                "gateway",
-                f"{url} tells its state to its own host only",
-                "run this command on the gateway's host",
-            )
-        ]
+        return Finding(
+            Level.PROBLEM,
+            "gateway",
+            f"{url} tells its state to its own host only",
+            "run this command on the gateway's host",
+        )
     if status != 200 or not isinstance(answer, dict) or "workers" not in answer:
-        return [
-            Finding(
-                Level.PROBLEM,
-                "gateway",
-                f"{url}/internal/status answers {status}, not as this project's gateway does",
-                "give the gateway's address, not a worker's",
-            )
-        ]
-    order = [Level.PROBLEM, Level.WARNING, Level.OK]
-    return sorted(judge(answer), key=lambda finding: order.index(finding.level))
+        return Finding(
+            Level.PROBLEM,
+            "gateway",
+            f"{url}/internal/status answers {status}, not as this project's gateway does",
+            "give the gateway's address, not a worker's",
+        )
+    return answer
 
 
 def judge(status: Mapping[str, Any]) -> Iterator[Finding]:
@@ -121,9 +178,7 @@ def _reports(status: Mapping[str, Any]) -> Iterator[Finding]:
             f"{rejected['signature']:g} reports of workers had a false signature",
             "give the gateway and every worker the same secret, and compare the hosts' clocks",
         )
-    able = [w for w in status["workers"] if w["healthy"] and w.get("handoffs", True)]
-    silent = [w["name"] for w in able if not w.get("hello")]
-    if silent:
+    if silent := _silent(status):
         yield Finding(
             Level.PROBLEM,
             "connector",
@@ -136,28 +191,63 @@ def _split(status: Mapping[str, Any]) -> Iterator[Finding]:
     split = status.get("split") or {}
     recent = split.get("recent_requests", 0)
     routed = split.get("routed_disaggregated", 0)
-    happened = split.get("happened", 0)
     roles = {w["role"] for w in status["workers"]}
     if not recent:
         yield Finding(Level.OK, "split", "no request yet: ask again after some traffic")
     elif not routed:
         yield from _never_routed(status, split, roles)
-    elif happened == routed:
+    else:
+        yield from _without_reports(split)
+        yield from _observed(status, split)
+
+
+def _without_reports(split: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield what nobody reports of, and what needed no handoff."""
+    recent = split.get("recent_requests", 0)
+    if unobserved := split.get("unobserved", 0):
+        yield Finding(
+            Level.OK,
+            "split",
+            f"{unobserved} of the last {recent} requests were split by the engine's own transport, "
+            "which nobody here observes: prefill answered with parameters and decode answered to "
+            "them; whether KV crossed only the servers' own metrics tell",
+        )
+    if ended := split.get("ended_by_prefill", 0):
+        yield Finding(
+            Level.OK,
+            "split",
+            f"{ended} of the last {recent} requests were ended by prefill: nothing was left to "
+            "hand over",
+        )
+
+
+def _observed(status: Mapping[str, Any], split: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield whether those splits happened of which somebody can tell."""
+    recent, routed = split.get("recent_requests", 0), split.get("routed_disaggregated", 0)
+    happened, unobserved = split.get("happened", 0), split.get("unobserved", 0)
+    expected = routed - unobserved - split.get("ended_by_prefill", 0)
+    good = happened + unobserved
+    if not expected:
+        return
+    if happened == expected:
         tokens = status.get("tokens_from_handoff", 0)
         yield Finding(
             Level.OK,
             "split",
-            f"{routed} of the last {recent} requests were split, all with KV loaded "
+            f"{happened} of the last {recent} requests were split, all with KV loaded "
             f"({tokens:g} prompt tokens taken from handoffs in all)",
         )
     else:
+        own = all(w.get("own_transport") for w in status["workers"])
+        none_fix = OWN_TRANSPORT_FIX if own else CONNECTOR_FIX
+        some_fix = OWN_TRANSPORT_FIX if own else "see the per-request records (handoff.problem)"
         for label, count in (split.get("not_happening") or {}).items():
             word = str(label).removeprefix("no: ")
             yield Finding(
-                Level.PROBLEM if happened == 0 or count * 10 > routed else Level.WARNING,
+                Level.PROBLEM if good == 0 or count * 10 > routed else Level.WARNING,
                 "split",
                 f"{count} of {routed} split requests loaded no KV: {REASONS.get(word, word)}",
-                CONNECTOR_FIX if happened == 0 else "see the per-request records (handoff.problem)",
+                some_fix if good else none_fix,
             )
 
 

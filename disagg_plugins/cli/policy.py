@@ -6,11 +6,34 @@ import json
 from typing import TYPE_CHECKING
 
 from disagg_plugins.cli.common import add_policy, read_policy, say, unknown_names
+from disagg_plugins.errors import ConfigError
 from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy_advice import engine_advice, explain
+from disagg_plugins.policy_pairs import engine_pairs
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
+
+    from disagg_plugins.gateway.dialect import Dialect
+    from disagg_plugins.policy import Policy
+
+
+def _refuse_unlike(policy: Policy, dialects: Mapping[str, Dialect], file: str) -> None:
+    """Refuse a fleet that is to split and in which no two workers can share a handoff.
+
+    Raises:
+        ConfigError: It is one; the text is the running gateway's.
+    """
+    pairs = engine_pairs(policy, dialects)
+    if pairs.problems and not pairs.possible and policy.scheduler.split.rule != "never":
+        raise ConfigError(
+            "; ".join(pairs.problems),
+            file=file,
+            key="fleet.workers",
+            fix="give prefill and decode workers one engine, or engines that hand over to others; "
+            "or set scheduler.split.rule to never",
+        )
 
 
 class PolicyCommand:
@@ -36,12 +59,13 @@ class PolicyCommand:
             print(json.dumps(policy_schema(), indent=2))
             return 0
         loaded = read_policy(args.policy)
-        if args.verb == "explain":
-            print(explain(loaded.policy))
-            return 0
         with PluginHost.load(loaded.policy.plugins) as host:
-            odd = unknown_names(loaded.policy, host)
-            odd += engine_advice(loaded.policy, host.dialects())
+            odd, dialects = unknown_names(loaded.policy, host), host.dialects()
+        if args.verb == "explain":
+            print(explain(loaded.policy, dialects))
+            return 0
+        _refuse_unlike(loaded.policy, dialects, str(args.policy))
+        odd += engine_advice(loaded.policy, dialects)
         for each in odd:
             say(f"warning: {each}")
         workers = loaded.policy.fleet.workers

@@ -100,8 +100,9 @@ def table(now: Look, before: Look | None = None) -> Iterator[str]:
         + ("   DRAINING" if status.get("draining") else "")
     )
     yield (
-        f"split: {split.get('happened', 0)} of {split.get('routed_disaggregated', 0)} happened "
-        f"({split.get('recent_requests', 0)} last requests)   handoffs: "
+        f"split: {split.get('happened', 0)} of {split.get('routed_disaggregated', 0)} happened"
+        + (f", {split['unobserved']} unobserved" if split.get("unobserved") else "")
+        + f" ({split.get('recent_requests', 0)} last requests)   handoffs: "
         + (", ".join(f"{k} {v:g}" for k, v in (status.get("handoffs") or {}).items()) or "none")
     )
     yield ""

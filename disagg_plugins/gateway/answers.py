@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from disagg_plugins.gateway.refusals import RequestError, error_body
+from disagg_plugins.gateway.sse import read_answer
 from disagg_plugins.gateway.wire import NOT_DOWNSTREAM, forwarded
 from disagg_plugins.telemetry.records import FailureRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from disagg_plugins.gateway.dialect import Body
     from disagg_plugins.gateway.flow import BreakAnswer
     from disagg_plugins.gateway.reply import Reply
+    from disagg_plugins.gateway.timeline import Timeline
     from disagg_plugins.gateway.wire import Header
     from disagg_plugins.telemetry.records import RequestRecord
+
+_encode = msgspec.json.encode
 
 _JSON = ((b"content-type", b"application/json"),)
 
@@ -48,9 +55,20 @@ class Answers:
         self._record.status = status
         self._client.answer(status, body, self.lines(headers))
 
-    def whole(self, body: bytes, type_line: bytes) -> None:
-        """Answer in one go with what the client asked for."""
-        self._record.status = 200
+    def whole(self, answer: Body, as_asked: tuple[bytes, bytes], times: Timeline) -> None:
+        """Answer in one go with what prefill has ended, and record it.
+
+        Args:
+            answer: Of the prefill worker.
+            as_asked: The same as the client asked for it, and the line that names its type.
+            times: Are told that the first token came with it.
+        """
+        body, type_line = as_asked
+        said, record = read_answer(_encode(answer)), self._record
+        record.status, record.ended_by_prefill = 200, True
+        record.finish = said.finish
+        record.prompt_tokens, record.output_tokens = said.prompt_tokens, said.output_tokens
+        times.stamp(times.prefill_end_s)
         self._client.answer(200, body, type_line + self._own_lines)
 
     def error(self, status: int, message: str, *, code: str | None) -> None:

@@ -18,7 +18,9 @@ import msgspec
 
 from disagg_plugins import __version__
 from disagg_plugins.errors import AuthenticationError, RemoteProtocolError
+from disagg_plugins.gateway.pairs import own_transport
 from disagg_plugins.gateway.wire import header_value
+from disagg_plugins.telemetry.ledger import ENDED_BY_PREFILL, UNOBSERVED
 from disagg_plugins.telemetry.reports import MAX_BODY_BYTES, read_reports, verify
 
 if TYPE_CHECKING:
@@ -148,6 +150,7 @@ def status_of(gateway: Gateway) -> dict[str, object]:
         "version": __version__,
         "model": gateway.fleet.model(),
         "draining": gateway.draining,
+        "up_s": time.monotonic() - gateway.began_s,
         "in_flight": len(gateway.active),
         "waiting": len(gateway.entrance),
         "counting": len(gateway.counting),
@@ -181,6 +184,7 @@ def worker_status(gateway: Gateway, state: WorkerState) -> dict[str, object]:
         "engine": state.worker.engine,
         "role": str(state.worker.role),
         "handoffs": state.worker.handoffs,
+        "own_transport": own_transport(gateway.fleet.dialects.get(state.worker.engine)),
         "whole": state.worker.whole,
         "movable": state.worker.movable,
         "healthy": state.healthy,
@@ -211,13 +215,14 @@ def worker_status(gateway: Gateway, state: WorkerState) -> dict[str, object]:
 
 def _split_share(gateway: Gateway) -> dict[str, object]:
     recent = list(gateway.recent)
-    routed = [split for route, split, _ in recent if route == "disaggregated"]
-    happened = sum(split == "yes" for split in routed)
+    told = Counter(split for route, split, _ in recent if route == "disaggregated")
     return {
         "recent_requests": len(recent),
-        "routed_disaggregated": len(routed),
-        "happened": happened,
-        "not_happening": dict(Counter(s for s in routed if s != "yes")),
+        "routed_disaggregated": told.total(),
+        "happened": told.pop("yes", 0),
+        "unobserved": told.pop(UNOBSERVED, 0),
+        "ended_by_prefill": told.pop(ENDED_BY_PREFILL, 0),
+        "not_happening": dict(told),
         "local_reasons": dict(
             Counter(why for route, _, why in recent if route == "local").most_common(10)
         ),

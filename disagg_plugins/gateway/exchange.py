@@ -106,7 +106,7 @@ class Exchange:
             fleet = self._gateway.fleet
             deadline_s, endpoints = self.profile.deadline_s, fleet.endpoints(route.prefill.name)
             self._ref = self._gateway.mint(route.prefill, route.decode, deadline_s, endpoints)
-            self._gateway.ledger.open(self._ref.handoff_id)
+            self._gateway.ledger.open(self._ref.handoff_id, observed=fleet.observed(route.prefill))
             work = self._bodies.writing(0)
             self._calls.claims.expect(self._gateway.members, route.decode, work)
             self._family = fleet.family(route.prefill, route.decode)
@@ -537,7 +537,7 @@ class Exchange:
     def _answer_verbatim(self, command: f.Command) -> None:
         said = command if isinstance(command, f.AnswerVerbatim) else f.AnswerVerbatim("decode")
         if said.answer is not None:
-            self._answers.whole(*self._bodies.as_asked(said.answer))
+            self._answers.whole(said.answer, self._bodies.as_asked(said.answer), self._times)
             return
         heard = self._calls.heard[said.side]
         self._answers.verbatim(heard.status, heard.headers, heard.body())

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING
 from disagg_plugins.gateway.dialect import (
     Dialect,
     announcing,
-    crosses,
     pair_family,
     tells_endpoints,
 )
-from disagg_plugins.gateway.pairs import Across, PairProblems
+from disagg_plugins.gateway.pairs import Across, PairProblems, own_means, own_transport
 from disagg_plugins.gateway.role_lists import PHASES, RoleLists
 from disagg_plugins.gateway.worker_state import GONE, NOT_SICK, Work, WorkerState
 from disagg_plugins.types import IDLE, Family, FleetIndex, FleetView, Role, Worker, WorkerLoad
@@ -303,7 +302,8 @@ class FleetState:
 
         A stream without usage counts as many tokens as it had pieces.
         """
-        state = self.states.get(record.decode)
+        writer = record.prefill if record.ended_by_prefill else record.decode
+        state = self.states.get(writer or "")
         if state is not None:
             state.tokens_written += record.output_tokens or len(record.gaps_s or ()) + 1
 
@@ -474,23 +474,24 @@ class FleetState:
         """Return how these two meet."""
         return pair_family(self.dialects[prefill.engine], self.dialects[decode.engine])
 
+    def observed(self, prefill: Worker) -> bool:
+        """Return whether workers report of the handoffs that ``prefill`` begins."""
+        return not own_transport(self.dialects[prefill.engine])
+
     def _pair_problem(self, prefill: Worker, decode: Worker) -> str | None:
-        if not _are_pair(prefill, decode):
+        if not are_pair(prefill, decode):
             return None
         dialects = self.dialects.get(prefill.engine), self.dialects.get(decode.engine)
         if dialects[0] is None or dialects[1] is None:
             return "no dialect is installed for the engine of one of the two workers"
+        if (apart := own_means(prefill, decode, self.dialects)) is not None:
+            return apart
         if not tells_endpoints(dialects[0], dialects[1]) and not self.endpoints(prefill.name):
             return (
                 f"prefill worker {prefill.name} has not said yet where it serves KV: its adapter "
                 "is not loaded, its name or secret differ, or it cannot reach this gateway"
             )
         for worker, dialect in ((prefill, dialects[0]), (decode, dialects[1])):
-            if prefill.engine != decode.engine and not crosses(dialect):
-                return (
-                    f"{worker.engine} hands over by its own means, to {worker.engine} only: "
-                    f"{prefill.name} is {prefill.engine}, {decode.name} is {decode.engine}"
-                )
             if announcing(dialect) is not None and not self.states[worker.name].announce:
                 return (
                     f"worker {worker.name} has not said yet where it hears of handoffs: its "
@@ -523,7 +524,7 @@ class FleetState:
         return {str(role): bool(self.view().serving(role)) for role in sorted(roles)}
 
 
-def _are_pair(prefill: Worker, decode: Worker) -> bool:
+def are_pair(prefill: Worker, decode: Worker) -> bool:
     """Return whether the policy means these two to share handoffs."""
     return (
         prefill.name != decode.name

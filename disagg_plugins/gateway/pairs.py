@@ -10,13 +10,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from disagg_plugins.gateway.dialect import crosses
+
 if TYPE_CHECKING:
+    from disagg_plugins.gateway.dialect import Dialect
     from disagg_plugins.types import Worker
 
 Pair = tuple[str, str]
 """Names of a prefill and a decode worker."""
 
 Problem = Callable[["Worker", "Worker"], str | None]
+
+
+def own_transport(dialect: Dialect | None) -> bool:
+    """Return whether an engine carries its handoffs itself; it says ``own_transport = True``.
+
+    No adapter of ours runs in it then, so nobody reports what became of the KV.
+    """
+    return bool(getattr(dialect, "own_transport", False))
+
+
+def own_means(prefill: Worker, decode: Worker, dialects: Mapping[str, Dialect]) -> str | None:
+    """Return why the engines of two workers keep them from sharing a handoff, or None."""
+    if prefill.engine == decode.engine:
+        return None
+    for worker in (prefill, decode):
+        dialect = dialects.get(worker.engine)
+        if dialect is not None and not crosses(dialect):
+            return (
+                f"{worker.engine} hands over by its own means, to {worker.engine} only: "
+                f"{prefill.name} is {prefill.engine}, {decode.name} is {decode.engine}"
+            )
+    return None
 
 
 class PairProblems(Mapping[Pair, str]):

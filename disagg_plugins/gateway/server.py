@@ -115,6 +115,7 @@ class Gateway:
         self.counting: set[WaitsForCount] = set()
         self.recent: deque[tuple[str, str, str]] = deque(maxlen=RECENT)
         self.draining = False
+        self.began_s = time.monotonic()
         self.observer: Observer | None = None
         self._changed = asyncio.Event()
         self._scheduler = parts.scheduler

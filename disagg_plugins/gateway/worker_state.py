@@ -18,6 +18,8 @@ NOT_SICK = re.compile(r"http_4\d\d|no_handoff|gone|drained")
 GONE = ("refused", "unreachable")
 """Failures after which nothing is known of the process: it may be another one when it is back."""
 
+NOT_PROBED = "not probed yet"
+
 STEADY_SUCCESSES = 10
 """Requests that a worker serves after it came back until its relapses are forgotten."""
 
@@ -60,7 +62,7 @@ class WorkerState:
     kv_usage: float | None = None
     failures: int = 0
     healthy: bool = False
-    reason: str = "not probed yet"
+    reason: str = NOT_PROBED
     models: tuple[str, ...] = ()
     served: int = 0
     tokens_written: int = 0

@@ -161,6 +161,7 @@ def observations(record: Mapping[str, object]) -> Iterator[Observation]:
     - TPOT is the decode worker's step, with the prompts that were read there meanwhile
       (``decode_read_tokens``) as a feature: its coefficient is what a mixed step costs the others,
       and without it the base would absorb the disturbance.
+    - An answer that prefill ended tells of its reading only: there was no handoff.
     - An answer that was not streamed has no TTFT and no TPOT to tell.
     """
     if record.get("outcome") != "ok" or record.get("retries") or record.get("failures"):
@@ -183,7 +184,7 @@ def observations(record: Mapping[str, object]) -> Iterator[Observation]:
     elif isinstance(prefill, str) and prefill_s > 0.0:
         features = prefill_features(fresh, queued, number("prefill_requests"))
         yield Observation("prefill", prefill, features, prefill_s)
-        if ttft_s > 0.0:
+        if ttft_s > 0.0 and not record.get("ended_by_prefill"):
             rest_s = max(0.0, ttft_s - prefill_s)
             yield Observation("handoff", decode, (1.0, _moved(record) or tokens), rest_s)
     tpot_s, written = number("tpot_s"), number("output_tokens")

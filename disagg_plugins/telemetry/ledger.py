@@ -3,6 +3,10 @@
 A handoff is opened when it is minted, hears reports at any time, and is settled when the request
 is over and the reports are complete, or when ``report_wait_s`` has passed since its end. Settled
 means: counted, judged (did the split happen?) and handed on, exactly once.
+
+Where the engine's own transport carries handoffs nobody reports. What is known then: prefill
+answered with parameters and decode answered to them, which is called ``unobserved``; or the request
+fell back, which is no split.
 """
 
 from __future__ import annotations
@@ -19,6 +23,12 @@ if TYPE_CHECKING:
 ENDED_EARLY = ("client_gone", "rejected", "deadline", "closed")
 """Outcomes of requests that ended before a split could show."""
 
+UNOBSERVED = "unobserved"
+"""A handoff that the engine's own transport carried, as far as anybody here knows."""
+
+ENDED_BY_PREFILL = "no: ended by prefill"
+"""A split of which nothing was left to hand over."""
+
 MAX_TEXT_CHARS = 300
 """Words of a report are cut to this length."""
 
@@ -26,6 +36,7 @@ MAX_TEXT_CHARS = 300
 @dataclass(slots=True)
 class _Entry:
     handoff: HandoffRecord
+    observed: bool = True
     record: RequestRecord | None = None
     until_s: float = 0.0
     loaded: bool = False
@@ -57,9 +68,10 @@ class HandoffLedger:
     def __contains__(self, handoff_id: str) -> bool:
         return handoff_id in self._open
 
-    def open(self, handoff_id: str) -> None:
-        """Begin to listen for reports of a handoff."""
-        self._open[handoff_id] = _Entry(HandoffRecord(handoff_id))
+    def open(self, handoff_id: str, *, observed: bool = True) -> None:
+        """Begin to listen for reports of a handoff; where it is not ``observed`` none will come."""
+        handoff = HandoffRecord(handoff_id, report="missing" if observed else "none")
+        self._open[handoff_id] = _Entry(handoff, observed)
 
     def close(self, handoff_id: str, record: RequestRecord, now_s: float) -> None:
         """The request is over; settle now or once the reports are complete."""
@@ -124,6 +136,12 @@ class HandoffLedger:
         if handoff.tokens_loaded > 0 or (entry.loaded and handoff.tokens_local > 0):
             record.split = "yes"
             return
+        if record.ended_by_prefill:
+            record.split = ENDED_BY_PREFILL
+            return
+        if handoff.outcome == UNOBSERVED:
+            record.split = UNOBSERVED
+            return
         if record.outcome in ENDED_EARLY or record.hedge == "won":
             record.split = f"no: {record.outcome if record.outcome in ENDED_EARLY else 'hedged'}"
             return
@@ -135,7 +153,7 @@ class HandoffLedger:
         elif entry.loaded:
             reason = "nothing loaded"
         else:
-            reason = "no report"
+            reason = "no report" if entry.observed else record.outcome
         record.split = f"no: {reason}"
         self._metrics.count("disagg_split_not_happening", (reason,))
 
@@ -143,7 +161,7 @@ class HandoffLedger:
 def _nothing_to_wait_for(entry: _Entry, record: RequestRecord) -> bool:
     if entry.loaded or entry.failed:
         return entry.published and entry.ended
-    if record.hedge == "won":
+    if not entry.observed or record.ended_by_prefill or record.hedge == "won":
         return True
     return bool(record.failures) or record.outcome in (*ENDED_EARLY, "error")
 
@@ -153,12 +171,22 @@ def _outcome(entry: _Entry, record: RequestRecord) -> str:
         return "failed"
     if entry.loaded:
         return "consumed"
+    if record.ended_by_prefill:
+        return "not_needed"
+    if not entry.observed and _carried(record):
+        return UNOBSERVED
     if record.outcome in ("client_gone", "deadline", "closed") or record.hedge == "won":
         return "cancelled"
     if record.failures or record.outcome == "rejected":
         early = bool(record.failures) and record.failures[0].side == "prefill"
         return "not_published" if early else "abandoned"
     return "unknown"
+
+
+def _carried(record: RequestRecord) -> bool:
+    """Return whether decode began to answer to the handoff, whatever came after."""
+    fell_back = record.retries > 0 or any(f.side == "prefill" for f in record.failures)
+    return record.status == 200 and not fell_back and record.hedge != "won"
 
 
 def _published(entry: _Entry, report: Mapping[str, object]) -> None:

@@ -67,9 +67,13 @@ class HandoffRecord:
 
     Attributes:
         id: The handoff.
-        outcome: ``consumed``, ``expired`` or ``failed`` from the publisher; ``cancelled`` or
-            ``not_published`` from the gateway; None when nobody told.
-        report: ``complete`` or ``missing`` (no decode worker told of a load in time).
+        outcome: ``consumed``, ``expired`` or ``failed`` from the publisher; ``cancelled``,
+            ``not_published``, ``abandoned`` or ``not_needed`` (prefill ended the answer) from the
+            gateway; ``unobserved`` (the engine's own transport carried it: prefill answered with
+            parameters, decode answered to them, and more is not known here); ``unknown`` when
+            nobody told.
+        report: ``complete``, ``missing`` (no decode worker told of a load in time) or ``none``
+            (nobody reports: the handoff was the engine's own transport's).
     """
 
     id: str
@@ -108,6 +112,10 @@ class RequestRecord:
         arm: Of a canary; None without one.
         tpot_by: ``tokens``, or ``pieces`` where nobody told how many tokens the answer has: a piece
             of a stream then counts as one.
+        split: ``yes``: decode took KV over. ``unobserved``: see ``HandoffRecord``. ``no``, or
+            ``no: `` and why, for any other.
+        ended_by_prefill: Whether the prefill worker's own answer was all of it: nothing was to be
+            handed over.
         hedge: How a second call for the answer ended: ``won`` (it answered), ``lost``, ``failed``;
             None: there was none.
         sent_s: From arrival to the first call.
@@ -144,6 +152,7 @@ class RequestRecord:
     itl: ItlSummary | None = None
     handoff: HandoffRecord | None = None
     split: str = "no"
+    ended_by_prefill: bool = False
     retries: int = 0
     resumes: int = 0
     not_resumed: str | None = None

@@ -41,6 +41,9 @@ CLOSE_TIMEOUT_S = 3.0
 HELLO_EVERY_S = 10.0
 """How often a worker introduces itself again: a gateway may start after it, or start anew."""
 
+HELLO_AGAIN_S = 1.0
+"""How soon after nobody was there to hear it: `disagg up` starts workers before the gateway."""
+
 GATHER_S = 0.01
 """Reports that come within this time travel together."""
 
@@ -144,7 +147,7 @@ class Reporter:
     def send(self, report: Report) -> None:
         """Queue one report; returns at once.
 
-        The latest ``hello`` is sent again every ``hello_every_s``.
+        The latest ``hello`` is sent again every ``hello_every_s``, sooner where nobody heard it.
         """
         if self._closing.is_set():
             self.dropped += 1
@@ -172,7 +175,7 @@ class Reporter:
             now_s = time.monotonic()
             if not batch and self._hello is not None and now_s >= self._hello_due_s:
                 self._hello_due_s = now_s + self._hello_every_s
-                self._deliver([self._hello])
+                self._deliver([self._hello], again=True)
             if batch:
                 self._deliver(batch)
             if self._closing.is_set() and self._queue.empty():
@@ -181,7 +184,7 @@ class Reporter:
 
     def _gather(self) -> list[Report]:
         try:
-            first = self._queue.get(timeout=min(1.0, self._hello_every_s))
+            first = self._queue.get(timeout=min(HELLO_AGAIN_S, self._hello_every_s))
         except queue.Empty:
             return []
         batch = [] if first is None else [first]
@@ -196,7 +199,7 @@ class Reporter:
             batch.append(more)
         return batch
 
-    def _deliver(self, batch: list[Report]) -> None:
+    def _deliver(self, batch: list[Report], *, again: bool = False) -> None:
         # Reports come from an engine: whatever goes wrong here must stay here.
         try:
             body = msgspec.json.encode(batch)
@@ -207,7 +210,11 @@ class Reporter:
             status = self._post(body, headers)
         except Exception as exc:
             self._disconnect()
-            self._lost(batch, f"{type(exc).__name__}: {exc}")
+            if not again:  # what is said again and again is not lost
+                self._lost(batch, f"{type(exc).__name__}: {exc}")
+            if isinstance(exc, OSError | http.client.HTTPException):
+                soon_s = time.monotonic() + HELLO_AGAIN_S
+                self._hello_due_s = min(self._hello_due_s, soon_s)
             return
         if status == 204:
             self.sent += len(batch)

@@ -143,6 +143,22 @@ def test_a_handoff_whose_kv_never_came_is_a_failure_though_the_answer_was_right(
     assert [METRICS[name].of(told) for name in names] == [0.0, 0.0, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("told", "numbers"),
+    [
+        ({"split": "unobserved"}, [1.0, 0.0, None, None]),
+        ({"split": "no: prefill no_handoff"}, [0.0, 1.0, None, None]),
+        ({"split": "no: decode http_400"}, [0.0, 1.0, None, None]),
+        ({"split": "no: ended by prefill", "ended_by_prefill": True}, [0.0, None, None, None]),
+    ],
+)
+def test_of_a_handoff_that_nobody_observes_what_can_be_seen_is_counted(told, numbers):
+    handoff = HandoffRecord("h", "unobserved", "none")
+    found = outcome_of(split_record(handoff, **told), "candidate")
+    names = ("split_share", "kv_failures", "lease_ends", "recompute_share")
+    assert [METRICS[name].of(found) for name in names] == numbers
+
+
 @pytest.mark.parametrize("ended", ["client_gone", "rejected"])
 def test_a_handoff_that_the_client_cut_short_tells_nothing(ended):
     told = outcome_of(split_record(split=f"no: {ended}", outcome=ended, status=400), "candidate")

@@ -20,9 +20,30 @@ def asked(*given: object) -> str:
     return gateway_url(parser.parse_args([str(each) for each in given]))
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where no policy lies."""
+    monkeypatch.delenv("DISAGG_POLICY", raising=False)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 def test_a_gateway_is_asked_at_its_address_or_at_the_port_of_a_policy_without_one() -> None:
     assert asked() == "http://127.0.0.1:8000"
     assert asked("--gateway", "http://h:1") == "http://h:1"
+
+
+def test_without_an_address_the_gateway_of_the_policy_that_is_found_is_asked(
+    write_policy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_policy(gateway={"port": 8100})
+    monkeypatch.chdir(path.parent)
+    assert asked() == "http://127.0.0.1:8100"
+    assert asked("--gateway", "http://h:1") == "http://h:1"
+    other = tmp_path / "other.yaml"
+    other.write_text(path.read_text().replace("8100", "8200"))
+    monkeypatch.setenv("DISAGG_POLICY", str(other))
+    assert asked() == "http://127.0.0.1:8200"
+    assert asked("--policy", path) == "http://127.0.0.1:8100"
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,17 @@ def test_problem_exits_with_one_and_tells_the_fix(
     assert all(f["fix"] for f in problems)
 
 
+def test_workers_whose_engine_carries_its_handoffs_stage_nothing(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = write_policy(handoff={"staging_bytes": 1 << 50})
+    path.write_text(path.read_text().replace("name: p0", "name: p0\n    engine: trtllm-native"))
+    done = disagg("doctor", path, "--json", env=SECRET)
+    (memory,) = [f for f in json.loads(done.stdout)["environment"] if f["subject"] == "memory"]
+    assert memory["level"] == "ok"
+    assert "no worker here stages KV" in memory["detail"]
+
+
 def test_live_alone_asks_only_the_gateway(disagg: Any, free_port: Callable[[], int]) -> None:
     done = disagg("doctor", "--live", f"http://127.0.0.1:{free_port()}")
     assert done.returncode == 1

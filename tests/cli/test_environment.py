@@ -69,7 +69,12 @@ def test_secret_that_is_too_short_is_a_problem_even_where_up_could_make_one(
 ) -> None:
     monkeypatch.setenv("DISAGG_SECRET", "short")
     path = write_policy(launch={"model": "m"})
-    assert by_subject(EnvironmentCheck().run(context(path)))["secret"].level is Level.PROBLEM
+    found = by_subject(EnvironmentCheck().run(context(path)))["secret"]
+    assert found.level is Level.PROBLEM
+    assert found.detail == (
+        "the environment variable DISAGG_SECRET holds 5 bytes, a secret needs at least 16"
+    )
+    assert "unset DISAGG_SECRET: `disagg up` then makes one for its own run" in found.fix
 
 
 def test_too_few_open_files_are_a_warning_with_the_number_needed(

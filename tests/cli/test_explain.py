@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from disagg_plugins.cli.explain import lines
 from disagg_plugins.cli.main import main
 
@@ -77,6 +79,19 @@ def test_the_end_and_the_handoff_are_told() -> None:
         "handoff: consumed, 899 tokens loaded by shm; split happened: yes",
         "failed: p0, prefill, timeout: slow",
     ]
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"split": "unobserved"}, "handoff: carried by the engine's own transport, which nobody"),
+        ({"ended_by_prefill": True}, "handoff: none was needed, prefill ended the answer"),
+    ],
+)
+def test_a_handoff_that_nobody_reports_of_is_told_in_words(told: dict[str, Any], said: str) -> None:
+    handoff = {"outcome": "unobserved", "tokens_loaded": 0, "transport": None}
+    record = {"outcome": "ok", "status": 200, "split": "no", "handoff": handoff, **told}
+    assert list(lines(answer(record=record)))[-1].startswith(said)
 
 
 def test_a_gateway_that_does_not_answer_is_an_error(capsys: Any) -> None:

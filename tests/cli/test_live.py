@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from disagg_plugins.cli.checks import Finding, Level, worst
-from disagg_plugins.cli.live import examine_gateway, judge
+from disagg_plugins.cli.live import SETTLED_S, examine_gateway, judge, may_settle
 
 
 def worker(name: str, role: str, **more: Any) -> dict[str, Any]:
@@ -84,6 +84,49 @@ def test_split_that_fails_now_and_then_is_a_warning() -> None:
     assert [f.level for f in found] == [Level.WARNING]
 
 
+def own(name: str, role: str) -> dict[str, Any]:
+    """Return a worker whose engine carries its handoffs itself."""
+    return worker(name, role, hello=None, own_transport=True)
+
+
+def test_what_the_engines_own_transport_carries_is_said_in_words_and_is_no_problem() -> None:
+    told = split(6, 0, unobserved=5, ended_by_prefill=1)
+    found = status(workers=[own("c", "prefill"), own("g", "decode")], split=told)
+    assert bad(found) == []
+    said = [f.detail for f in judge(found) if f.subject == "split"]
+    assert len(said) == 2
+    assert (
+        "5 of the last 10 requests were split by the engine's own transport, which nobody"
+        in (said[0])
+    )
+    assert "1 of the last 10 requests were ended by prefill" in said[1]
+
+
+@pytest.mark.parametrize(("unobserved", "level"), [(0, Level.PROBLEM), (98, Level.WARNING)])
+def test_own_transports_that_fall_back_are_found_without_advice_about_a_connector(
+    unobserved: int, level: Level
+) -> None:
+    told = split(
+        unobserved + 2,
+        0,
+        unobserved=unobserved,
+        not_happening={"no: prefill no_handoff": 2},
+    )
+    (found,) = bad(status(workers=[own("c", "prefill"), own("g", "decode")], split=told))
+    assert found.level is level
+    assert "prefill answered without the parameters of a handoff" in found.detail
+    assert "connector" not in found.fix
+    assert "`failures`" in found.fix
+
+
+def test_of_two_kinds_of_splits_each_is_told() -> None:
+    found = status(split=split(5, 3, unobserved=2))
+    assert bad(found) == []
+    said = "\n".join(f.detail for f in judge(found))
+    assert "2 of the last 10 requests were split by the engine's own transport" in said
+    assert "3 of the last 10 requests were split, all with KV loaded" in said
+
+
 def test_prompts_that_all_stay_local_are_a_warning_with_the_reasons() -> None:
     found = bad(status(split=split(0, 0, local_reasons={"prompt is short": 10})))
     assert [f.level for f in found] == [Level.WARNING]
@@ -134,12 +177,68 @@ def test_each_thing_that_keeps_splits_from_happening_is_found(
     assert all(f.fix for f in found)
 
 
+@pytest.mark.parametrize(
+    ("young", "waits"),
+    [
+        ({}, False),
+        ({"workers": [worker("p0", "prefill", hello=None), worker("d0", "decode")]}, True),
+        ({"workers": [own("c", "prefill"), own("g", "decode")]}, False),
+        ({"workers": [worker("d0", "decode", hello=None, handoffs=False)]}, False),
+        ({"workers": [worker("d0", "decode", healthy=False, reason="not probed yet")]}, True),
+        ({"workers": [worker("d0", "decode", healthy=False, reason="refused")]}, False),
+        ({"split_problems": ["p0 has not said yet where it serves KV"]}, True),
+    ],
+)
+def test_what_a_young_gateway_has_not_heard_yet_is_waited_for(
+    young: dict[str, Any], waits: bool
+) -> None:
+    assert may_settle(status(up_s=3.0, **young)) is waits
+    assert not may_settle(status(up_s=60.0, **young))
+    assert not may_settle(status(**young)), "a gateway that does not tell its age"
+
+
+def test_a_young_gateway_is_asked_again_until_its_workers_are_heard_of() -> None:
+    silent = worker("d0", "decode", hello=None)
+    young = status(up_s=2.0, workers=[worker("p0", "prefill"), silent])
+    waited: list[float] = []
+    with answering(200, json.dumps(young).encode(), json.dumps(status(up_s=3.0)).encode()) as url:
+        found = examine_gateway(url, pause=waited.append)
+    assert [f for f in found if f.level is not Level.OK] == []
+    assert len(waited) == 1
+
+
+def test_a_gateway_that_does_not_grow_older_is_not_waited_for_without_an_end() -> None:
+    young = status(up_s=2.0, split_problems=["dtype differs"])
+    waited: list[float] = []
+    with answering(200, json.dumps(young).encode()) as url:
+        found = examine_gateway(url, pause=waited.append)
+    assert found[0].detail == "dtype differs"
+    assert sum(waited) == SETTLED_S
+
+
+def test_a_worker_that_is_never_heard_of_is_found_in_the_end() -> None:
+    looks = [
+        json.dumps(
+            status(
+                up_s=age_s, workers=[worker("p0", "prefill"), worker("d0", "decode", hello=None)]
+            )
+        ).encode()
+        for age_s in (2.0, 9.0, 60.0)
+    ]
+    with answering(200, *looks) as url:
+        found = examine_gateway(url, pause=lambda _: None)
+    assert found[0].level is Level.PROBLEM
+    assert "never heard of the connector in d0" in found[0].detail
+
+
 @contextmanager
-def answering(code: int, body: bytes) -> Iterator[str]:
-    """Serve one answer for every path."""
+def answering(code: int, *bodies: bytes) -> Iterator[str]:
+    """Serve answers for every path, the last one again and again."""
+    left = list(bodies)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            body = left.pop(0) if len(left) > 1 else left[0]
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

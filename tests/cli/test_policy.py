@@ -52,6 +52,38 @@ def test_policy_is_explained_in_words(disagg: Any, write_policy: Callable[..., P
     assert "reads prompts" in done.stdout
 
 
+def engines(path: Path, *named: str) -> Path:
+    """Give the workers of a policy engines."""
+    said = yaml.safe_load(path.read_text())
+    for worker, engine in zip(said["fleet"]["workers"], named, strict=True):
+        worker["engine"] = engine
+    path.write_text(yaml.safe_dump(said))
+    return path
+
+
+def test_a_pair_that_the_gateway_would_refuse_is_refused(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = engines(write_policy(), "vllm", "trtllm-native")
+    done = disagg("policy", "check", path, env=SECRET)
+    assert done.returncode == 2
+    assert (
+        "trtllm-native hands over by its own means, to trtllm-native only: p0 is vllm, d0 is "
+        "trtllm-native"
+    ) in done.stderr
+    assert f"{path}: fleet.workers: " in done.stderr
+    assert "right;" not in done.stdout
+
+
+def test_an_engines_own_transport_is_explained(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = engines(write_policy(), "trtllm-native", "trtllm-native")
+    done = disagg("policy", "explain", path, env=SECRET)
+    assert "the engine's own transport" in done.stdout
+    assert "shm" not in done.stdout
+
+
 def test_schema_accepts_what_check_accepts(disagg: Any, write_policy: Callable[..., Path]) -> None:
     schema = json.loads(disagg("policy", "schema").stdout)
     jsonschema.validate(yaml.safe_load(write_policy().read_text()), schema)

@@ -187,6 +187,17 @@ def test_secret_is_not_made_for_workers_that_run_elsewhere(
     assert "DISAGG_NOT_SET is not set" in done.stderr
 
 
+@pytest.mark.parametrize(("secret", "held"), [("short", 5), ("", 0)])
+def test_secret_that_is_too_short_is_told_as_that(
+    disagg: Any, policy: Path, secret: str, held: int
+) -> None:
+    done = disagg("up", policy, env={"DISAGG_SECRET": secret})
+    assert done.returncode == 2
+    assert f"DISAGG_SECRET holds {held} bytes, a secret needs at least 16" in done.stderr
+    assert "not set" not in done.stderr
+    assert "started" not in done.stderr
+
+
 def test_serve_answers_before_workers_that_run_and_drains(write_policy: WritePolicy) -> None:
     with FakeEngine() as p0, FakeEngine() as d0:
         policy = write_policy((p0.url, d0.url), telemetry={"records": "records.jsonl"})

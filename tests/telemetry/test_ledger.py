@@ -155,3 +155,55 @@ def test_shutdown_settles_what_waits() -> None:
     book.close(ID, record(), 10.0)
     book.settle_all()
     assert len(settled) == 1
+
+
+def unobserved(told: RequestRecord) -> tuple[RequestRecord, Metrics]:
+    """Return the settled record of a handoff of which nobody reports; it waits for nothing."""
+    book, metrics, settled = ledger()
+    book.open(ID, observed=False)
+    book.close(ID, told, 10.0)
+    (done,) = settled
+    assert done.handoff is not None
+    assert done.handoff.report == "none"
+    return done, metrics
+
+
+@pytest.mark.parametrize("outcome", ["ok", "broken", "client_gone", "deadline"])
+def test_a_handoff_that_decode_answered_to_is_unobserved_whatever_came_after(outcome: str) -> None:
+    told = record(outcome)
+    told.status = 200
+    if outcome == "broken":
+        told.failures = [FailureRecord("d0", "decode", "truncated", "")]
+    done, metrics = unobserved(told)
+    assert done.handoff is not None
+    assert (done.split, done.handoff.outcome) == ("unobserved", "unobserved")
+    assert metrics.value("disagg_handoffs", ("unobserved",)) == 1
+    assert metrics.value("disagg_split_not_happening") == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "retries", "outcome"),
+    [
+        (FailureRecord("p0", "prefill", "no_handoff", ""), 0, "not_published"),
+        (FailureRecord("d0", "decode", "http_400", ""), 1, "abandoned"),
+    ],
+)
+def test_a_request_that_fell_back_was_not_carried(
+    failure: FailureRecord, retries: int, outcome: str
+) -> None:
+    told = record(failures=(failure,))
+    told.status, told.retries = 200, retries
+    done, metrics = unobserved(told)
+    assert done.handoff is not None
+    assert done.split == f"no: {failure.side} {failure.kind}"
+    assert done.handoff.outcome == outcome
+    assert metrics.value("disagg_split_not_happening", (f"{failure.side} {failure.kind}",)) == 1
+
+
+def test_an_answer_that_prefill_ended_needed_no_handoff() -> None:
+    told = record()
+    told.status, told.ended_by_prefill = 200, True
+    done, metrics = unobserved(told)
+    assert done.handoff is not None
+    assert (done.split, done.handoff.outcome) == ("no: ended by prefill", "not_needed")
+    assert metrics.value("disagg_split_not_happening") == 0

@@ -76,7 +76,7 @@ def test_malformed_reports_are_refused(body: bytes) -> None:
 
 
 @contextmanager
-def listener(status: int = 204) -> Iterator[tuple[str, list[dict[str, object]]]]:
+def listener(status: int = 204, port: int = 0) -> Iterator[tuple[str, list[dict[str, object]]]]:
     """A server that verifies and keeps the reports it gets."""
     got: list[dict[str, object]] = []
 
@@ -94,7 +94,7 @@ def listener(status: int = 204) -> Iterator[tuple[str, list[dict[str, object]]]]
         def log_message(self, *args: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -134,6 +134,20 @@ def test_a_worker_introduces_itself_again_to_a_gateway_that_started_later() -> N
         eventually(lambda: len(got) >= 3, "three hellos")
         reporter.close()
     assert {(r["kind"], r["worker"], r["pid"]) for r in got} == {("hello", "p0", 7)}
+
+
+def test_a_gateway_that_starts_after_its_workers_hears_of_them_within_a_moment(
+    free_port: Callable[[], int],
+) -> None:
+    port = free_port()
+    reporter = Reporter(f"http://127.0.0.1:{port}", SECRET, "p0", hello_every_s=600.0)
+    reporter.send({"kind": "hello", "pid": 7})
+    eventually(lambda: reporter.dropped == 1, "nobody listens")
+    with listener(port=port) as (_, got):
+        eventually(lambda: got, "a hello")
+        reporter.close()
+    assert [r["pid"] for r in got] == [7]
+    assert reporter.dropped == 1, "what is said again is not lost"
 
 
 def test_nobody_listens_drops_and_counts() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from disagg_plugins.cli.checks import Finding, Level
+import sys
+
+import pytest
+
+from disagg_plugins.cli.checks import CheckContext, Finding, Level
 from disagg_plugins.cli.engine_check import Answer
 from disagg_reference.checks import NEEDED, ReferenceCheck
 
@@ -21,6 +25,22 @@ def judge(*, installed: bool = True, **versions: str | None) -> Finding:
 def test_an_environment_that_has_all_is_right() -> None:
     finding = judge(torch="2.13.0")
     assert (finding.level, finding.detail) == (Level.OK, "torch 2.13.0 in py")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_without_a_policy_the_engine_is_named_and_nobody_has_to_have_it(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    versions = dict.fromkeys(NEEDED, "1.0") | ({} if installed else {"torch": None})
+    answer = Answer(versions=versions, installed=True, missing=(), entry_point=True)
+    monkeypatch.setattr("disagg_reference.checks.ask", lambda *_: answer)
+    (finding,) = ReferenceCheck().run(CheckContext())
+    assert (finding.level, finding.subject) == (Level.OK, "reference")
+    if installed:
+        assert finding.detail == f"torch 1.0 in {sys.executable}"
+    else:
+        assert "has no torch: `disagg demo` needs it" in finding.detail
+        assert "disagg-plugins[reference]" in finding.detail
 
 
 def test_what_is_missing_is_named_with_the_way_to_add_it() -> None:

@@ -42,6 +42,8 @@ def test_what_is_planted_is_named_loudly(caplog: pytest.LogCaptureFixture) -> No
         "drop-transfers:1",
         "corrupt-blocks:1",
         "corrupt-blocks:1,2,3",
+        "corrupt-blocks:-1,0",
+        "corrupt-blocks:0,-1",
         "meteor",
     ],
 )
@@ -49,6 +51,22 @@ def test_an_unknown_fault_is_refused_with_those_that_are_known(asked: str) -> No
     with pytest.raises(ConfigError, match="is no fault") as raised:
         read_faults([asked])
     assert "crash-at-step:N" in (raised.value.fix or "")
+
+
+@pytest.mark.parametrize(("layer", "head"), [(0, 0), (3, 1)])
+def test_blocks_that_the_model_has_can_be_damaged(layer: int, head: int) -> None:
+    Faults(corrupt=(layer, head)).check(num_layers=4, num_kv_heads=2)
+    Faults(slow_s=1.0).check(num_layers=4, num_kv_heads=2)
+
+
+@pytest.mark.parametrize(("layer", "head"), [(4, 0), (0, 2), (99, 99)])
+def test_blocks_that_the_model_lacks_are_refused_with_what_it_has(layer: int, head: int) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Faults(corrupt=(layer, head)).check(num_layers=4, num_kv_heads=2)
+    assert f"corrupt-blocks:{layer},{head}: the model has 4 layers and 2 KV heads" in str(
+        raised.value
+    )
+    assert raised.value.fix == "name a layer of 0 to 3 and a head of 0 to 1"
 
 
 def test_the_crash_comes_at_its_step(monkeypatch: pytest.MonkeyPatch) -> None:

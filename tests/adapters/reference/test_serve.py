@@ -22,6 +22,8 @@ START_S = 60.0
     [
         (["--model", "/nowhere"], "/nowhere"),
         (["--fault", "meteor"], "'meteor' is no fault"),
+        (["--fault", "corrupt-blocks:99,0"], "corrupt-blocks:99,0: the model has 2 layers"),
+        (["--fault", "corrupt-blocks:0,99"], "KV heads"),
         (["--tensor-parallel-size", "3"], "cannot be shared by 3 ranks"),
         (["--policy", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
@@ -33,6 +35,16 @@ def test_a_mistake_ends_it_with_one_line(
     said = capsys.readouterr().err
     assert said.startswith("disagg-reference: ")
     assert problem in said
+
+
+def test_an_environment_without_torch_ends_it_with_the_way_to_add_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["--model", str(model), "--port", "1"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"disagg-reference: torch is not installed for {sys.executable}")
+    assert "pip install 'disagg-plugins[reference]'" in said
 
 
 def test_a_port_in_use_ends_it(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,10 +34,12 @@ class NativeServer:
         change: Applied to what it would answer to a context request; what it returns is sent,
             text as it is.
         hangs: Whether a context request is never answered.
+        refuses: Whether a generation request is answered with 400.
     """
 
     change: Change = lambda answer: answer
     hangs: bool = False
+    refuses: bool = False
     finish_reason: str = "length"
     state: str = "b3BhcXVl"
     seen: list[dict[str, Any]] = field(default_factory=list)
@@ -77,7 +79,7 @@ class NativeServer:
                 self._released.wait(60)
             return 200, self.change(self._context(body, params))
         missing = [key for key in ("first_gen_tokens", "ctx_request_id") if key not in params]
-        if params["request_type"] != "generation_only" or missing:
+        if params["request_type"] != "generation_only" or missing or self.refuses:
             return 400, {"error": {"message": f"missing: {missing}"}}
         return 200, self._written(body)
 

@@ -8,10 +8,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from disagg_plugins import hookimpl
+from disagg_plugins.canary.metrics import outcome_of
+from disagg_plugins.cli.checks import Level
+from disagg_plugins.cli.live import judge
 from disagg_plugins.policy import Policy
+from disagg_plugins.scheduling.prediction import observations
+from disagg_plugins.telemetry.records import RequestRecord
 from disagg_trtllm.native import NativeTrtllmDialect
 from disagg_vllm.dialect import VllmDialect
 from tests.adapters.trtllm.native_servers import PROMPT_IDS, NativeServer
@@ -103,6 +109,34 @@ def test_generation_gets_every_parameter_as_it_came(site) -> None:
     assert (two.record["route"], two.record["failures"]) == ("disaggregated", [])
 
 
+def test_a_handoff_is_told_as_what_nobody_here_observes(site) -> None:
+    two = site()
+    assert two.ask()[0] == 200
+    record, told = two.record, two.stack.status()
+    assert record["split"] == "unobserved"
+    handoff = record["handoff"]
+    assert (handoff["outcome"], handoff["report"]) == ("unobserved", "none")
+    assert told["split"]["unobserved"] == 1
+    assert told["split"]["not_happening"] == {}
+    found = list(judge(told))
+    assert [f for f in found if f.level is not Level.OK] == []
+    assert any("the engine's own transport" in f.detail for f in found)
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_handoff_that_was_refused_is_a_split_that_did_not_happen(site, side) -> None:
+    two = site(change=without_params if side == "prefill" else lambda answer: answer)
+    two.generation.refuses = side == "decode"
+    assert two.ask()[0] == 200
+    kind = "no_handoff" if side == "prefill" else "http_400"
+    record, told = two.record, two.stack.status()
+    assert record["split"] == f"no: {side} {kind}"
+    assert told["split"]["not_happening"] == {f"no: {side} {kind}": 1}
+    assert outcome_of(msgspec.convert(record, RequestRecord), "candidate").kv_failed is True
+    (problem,) = [f for f in judge(told) if f.subject == "split"]
+    assert problem.level is Level.PROBLEM
+
+
 def test_a_chat_keeps_its_messages_and_is_told_the_prompts_ids(site) -> None:
     two = site()
     messages = [{"role": "user", "content": "Hello"}]
@@ -133,7 +167,15 @@ def test_an_answer_that_context_has_ended_is_the_clients(site, more) -> None:
     assert "prompt_token_ids" not in answer
     assert answer["usage"]["completion_tokens"] == 1
     assert two.generation.seen == []
-    assert two.record["outcome"] == "ok"
+    record = two.record
+    assert (record["outcome"], record["split"]) == ("ok", "no: ended by prefill")
+    assert record["handoff"]["outcome"] == "not_needed"
+    assert (record["prompt_tokens"], record["output_tokens"], record["finish"]) == (2, 1, "stop")
+    assert record["prefill_s"] <= record["ttft_s"] <= record["e2e_s"]
+    assert record["tpot_s"] is None
+    written = {w["name"]: w["tokens_written"] for w in two.stack.status()["workers"]}
+    assert written == {"c": 1, "g": 0}
+    assert [f for f in judge(two.stack.status()) if f.level is not Level.OK] == []
     two.stack.wait_idle()
 
 
@@ -150,6 +192,10 @@ def test_an_ended_answer_reaches_a_stream_as_events(site, chat: bool) -> None:
     said = choice["delta"]["content"] if chat else choice["text"]
     assert (said, choice["finish_reason"]) == ("Hi", "stop")
     assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 3)
+    record = two.record
+    assert (record["prompt_tokens"], record["output_tokens"]) == (2, 1)
+    assert record["prefill_s"] <= record["ttft_s"] <= record["e2e_s"]
+    assert [each.phase for each in observations(record)] == ["prefill"]
     assert two.generation.seen == []
 
 
