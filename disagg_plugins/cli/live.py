@@ -72,9 +72,14 @@ def examine_gateway(
 
 
 def may_settle(status: Mapping[str, Any]) -> bool:
-    """Return whether a gateway is so young that what is missing may just not have come yet."""
-    up_s = status.get("up_s")
+    """Return whether a gateway is so young that what is missing may just not have come yet.
+
+    Splits that were tried and none of which happened are told at once.
+    """
+    up_s, split = status.get("up_s"), status.get("split", {})
     if not isinstance(up_s, int | float) or up_s >= SETTLED_S:
+        return False
+    if split.get("not_happening") and not split.get("happened"):
         return False
     unprobed = any(not w["healthy"] and w.get("reason") == NOT_PROBED for w in status["workers"])
     return unprobed or bool(_silent(status)) or bool(status.get("split_problems"))

@@ -197,6 +197,13 @@ def test_what_a_young_gateway_has_not_heard_yet_is_waited_for(
     assert not may_settle(status(**young)), "a gateway that does not tell its age"
 
 
+@pytest.mark.parametrize(("happened", "waits"), [(0, False), (1, True)])
+def test_splits_of_which_none_happened_are_told_at_once(happened: int, waits: bool) -> None:
+    split = {"happened": happened, "not_happening": {"no: no report": 1}}
+    workers = [worker("p0", "prefill"), worker("d0", "decode", hello=None)]
+    assert may_settle(status(up_s=3.0, split=split, workers=workers)) is waits
+
+
 def test_a_young_gateway_is_asked_again_until_its_workers_are_heard_of() -> None:
     silent = worker("d0", "decode", hello=None)
     young = status(up_s=2.0, workers=[worker("p0", "prefill"), silent])
