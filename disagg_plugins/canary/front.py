@@ -152,6 +152,7 @@ class Front:
         self._looked(self.lookout.view)
         for arm, gateway in self.arms.items():
             gateway.observer = ArmObserver(self, arm)
+            gateway.arm = arm
         self._gauges()
 
     def _gauges(self) -> None:

@@ -7,10 +7,10 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from disagg_plugins.plugins import PluginHost
     from disagg_plugins.policy import Policy
@@ -77,6 +77,31 @@ def add_gateway(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--policy", type=Path, metavar="POLICY", help="ask the gateway that this policy file is for"
     )
+
+
+ARMS = ("baseline", "candidate")
+
+
+def add_arm(parser: argparse.ArgumentParser) -> None:
+    """Add which arm of a canary is meant."""
+    parser.add_argument(
+        "--arm",
+        choices=ARMS,
+        default=ARMS[0],
+        help="of a gateway with a canary: whose fleet (default: the baseline's)",
+    )
+
+
+def of_arm(path: str, arm: str) -> str:
+    """Return the path by which a gateway is asked about one arm."""
+    return path if arm == ARMS[0] else f"{path}?arm={arm}"
+
+
+def no_such_arm(status: Mapping[str, Any], arm: str) -> str | None:
+    """Return why a gateway's status is not that of the arm that was meant, or None."""
+    if arm == ARMS[0] or status.get("arm") == arm:
+        return None
+    return f"this gateway has no {arm}: its policy has no section canary"
 
 
 def gateway_url(args: argparse.Namespace) -> str:

@@ -7,7 +7,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from disagg_plugins.cli.checks import CheckContext, Finding, Level, render, worst
-from disagg_plugins.cli.common import add_policy, listening_at, read_policy, unknown_names
+from disagg_plugins.cli.common import (
+    add_arm,
+    add_policy,
+    listening_at,
+    read_policy,
+    unknown_names,
+)
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.gateway.pairs import own_transport
 from disagg_plugins.plugins import PluginHost
@@ -91,6 +97,7 @@ class DoctorCommand:
             const="",
             help="ask the gateway whether splits really happen (default: where POLICY has it)",
         )
+        add_arm(parser)
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -102,7 +109,7 @@ class DoctorCommand:
         if live:
             from disagg_plugins.cli.live import examine_gateway
 
-            groups["gateway"] = examine_gateway(live)
+            groups["gateway"] = examine_gateway(live, arm=args.arm)
         if args.json:
             plain = {name: [asdict(f) for f in found] for name, found in groups.items()}
             print(json.dumps(plain, indent=2))

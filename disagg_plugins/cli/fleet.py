@@ -12,7 +12,16 @@ from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from disagg_plugins.cli.common import add_policy, positive_int, read_policy, say
+from disagg_plugins.cli.common import (
+    ARMS,
+    add_arm,
+    add_policy,
+    no_such_arm,
+    of_arm,
+    positive_int,
+    read_policy,
+    say,
+)
 from disagg_plugins.errors import ConfigError, TransportError
 from disagg_plugins.types import Role
 
@@ -40,14 +49,15 @@ class Admin:
     Args:
         url: Its address, ``http://host:port``.
         secret: The fleet's secret.
+        arm: Of a canary, whose fleet.
     """
 
-    def __init__(self, url: str, secret: bytes) -> None:
+    def __init__(self, url: str, secret: bytes, arm: str = ARMS[0]) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname or not parts.port:
             raise ConfigError(f"{url!r} is not of the form http://host:port", key="--gateway")
         self._url, self._host, self._port = url, parts.hostname, parts.port
-        self._secret = secret
+        self._secret, self._arm = secret, arm
 
     def ask(self, method: str, name: str = "", body: object = None) -> tuple[int, Any]:
         """Return status and answer of a signed request about one worker, or all.
@@ -55,7 +65,23 @@ class Admin:
         Raises:
             TransportError: See ``ask_at``.
         """
-        return self.ask_at(method, f"{PATH}/{quote(name, safe='')}" if name else PATH, body)
+        path = f"{PATH}/{quote(name, safe='')}" if name else PATH
+        return self.ask_at(method, of_arm(path, self._arm), body)
+
+    def check_arm(self) -> None:
+        """Make sure that the arm is there: a gateway without one would answer for its only fleet.
+
+        Raises:
+            ConfigError: It is not.
+            TransportError: See ``ask_at``.
+        """
+        if self._arm == ARMS[0]:
+            return
+        status, answer = self.ask_at("GET", of_arm("/internal/status", self._arm))
+        if status != 200 or not isinstance(answer, dict):
+            raise ConfigError(f"the gateway answered {status} to the question for its {self._arm}")
+        if (problem := no_such_arm(answer, self._arm)) is not None:
+            raise ConfigError(problem, key="--arm")
 
     def ask_at(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         """Return status and answer of a signed request.
@@ -138,6 +164,7 @@ class FleetCommand:
         if worker:
             parser.add_argument("worker", metavar="WORKER", help="the worker's name")
         parser.add_argument("--gateway", metavar="URL", help="default: where the policy says")
+        add_arm(parser)
         parser.set_defaults(do=do)
         return parser
 
@@ -147,7 +174,9 @@ class FleetCommand:
         gateway = loaded.policy.gateway
         url = args.gateway or f"http://{gateway.advertise_host or gateway.host}:{gateway.port}"
         args.drain_s = gateway.drain_s
-        code: int = args.do(Admin(url, loaded.secret()), args)
+        admin = Admin(url, loaded.secret(), args.arm)
+        admin.check_arm()
+        code: int = args.do(admin, args)
         return code
 
 

@@ -13,7 +13,7 @@ from http.client import HTTPException
 from typing import Any
 
 from disagg_plugins.cli.checks import Finding, Level
-from disagg_plugins.cli.common import say
+from disagg_plugins.cli.common import ARMS, no_such_arm, of_arm, say
 from disagg_plugins.cli.environment import get_json
 from disagg_plugins.gateway.worker_state import NOT_PROBED
 from disagg_plugins.telemetry.reports import HELLO_EVERY_S
@@ -47,7 +47,7 @@ LOOK_S = 0.5
 
 
 def examine_gateway(
-    url: str, *, pause: Callable[[float], object] = time.sleep
+    url: str, *, arm: str = ARMS[0], pause: Callable[[float], object] = time.sleep
 ) -> Sequence[Finding]:
     """Return what is wrong, odd or right with the gateway at ``url``.
 
@@ -55,14 +55,15 @@ def examine_gateway(
 
     Args:
         url: Where it listens.
+        arm: Of a canary, whose fleet.
         pause: Waits for so many seconds.
     """
-    found = _ask(url)
+    found = _ask(url, arm)
     if not isinstance(found, Finding) and may_settle(found):
         say(f"the gateway runs for {found['up_s']:.0f} s only: waiting to hear of its workers")
         for _ in range(round(SETTLED_S / LOOK_S)):
             pause(LOOK_S)
-            found = _ask(url)
+            found = _ask(url, arm)
             if isinstance(found, Finding) or not may_settle(found):
                 break
     if isinstance(found, Finding):
@@ -97,10 +98,10 @@ def _silent(status: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _ask(url: str) -> Mapping[str, Any] | Finding:
+def _ask(url: str, arm: str) -> Mapping[str, Any] | Finding:
     """Return the status of a gateway, or why there is none."""
     try:
-        status, answer = get_json(url, "/internal/status")
+        status, answer = get_json(url, of_arm("/internal/status", arm))
     except (OSError, HTTPException, ValueError) as problem:
         return Finding(
             Level.PROBLEM,
@@ -122,6 +123,8 @@ def _ask(url: str) -> Mapping[str, Any] | Finding:
             f"{url}/internal/status answers {status}, not as this project's gateway does",
             "give the gateway's address, not a worker's",
         )
+    if (absent := no_such_arm(answer, arm)) is not None:
+        return Finding(Level.PROBLEM, "gateway", absent, "leave --arm out, or ask another one")
     return answer
 
 

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
-from disagg_plugins.cli.common import add_gateway, gateway_url, positive_float, say
+from disagg_plugins.cli.common import (
+    add_arm,
+    add_gateway,
+    gateway_url,
+    no_such_arm,
+    of_arm,
+    positive_float,
+    say,
+)
 from disagg_plugins.cli.environment import get_json
 
 if TYPE_CHECKING:
@@ -38,6 +46,7 @@ class TopCommand:
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add where the gateway is and how often to look."""
         add_gateway(parser)
+        add_arm(parser)
         parser.add_argument(
             "--every", type=positive_float, default=1.0, metavar="S", help="seconds between looks"
         )
@@ -49,7 +58,7 @@ class TopCommand:
         gateway = gateway_url(args)
         try:
             while True:
-                now = _look(gateway)
+                now = _look(gateway, args.arm)
                 if isinstance(now, str):
                     if before is None or args.once:
                         say(now)
@@ -65,15 +74,17 @@ class TopCommand:
             return 0
 
 
-def _look(gateway: str) -> Look | str:
+def _look(gateway: str, arm: str) -> Look | str:
     try:
-        code, answer = get_json(gateway, "/internal/status")
+        code, answer = get_json(gateway, of_arm("/internal/status", arm))
     except (OSError, HTTPException, ValueError) as problem:
         return f"{gateway} does not answer: {problem}; start it, or give --policy or --gateway"
     if code == 403:
         return f"{gateway} tells its state to its own host only: run this command there"
     if code != 200 or not isinstance(answer, dict) or "workers" not in answer:
         return f"{gateway}/internal/status answered {code}: is it a gateway?"
+    if (absent := no_such_arm(answer, arm)) is not None:
+        return f"{gateway}: {absent}"
     return Look(answer, time.monotonic())
 
 

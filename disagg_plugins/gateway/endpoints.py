@@ -148,6 +148,7 @@ def status_of(gateway: Gateway) -> dict[str, object]:
     """Return the state of the gateway; holds no secret and no content of requests."""
     return {
         "version": __version__,
+        "arm": gateway.arm,
         "model": gateway.fleet.model(),
         "draining": gateway.draining,
         "up_s": time.monotonic() - gateway.began_s,

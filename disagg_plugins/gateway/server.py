@@ -117,6 +117,7 @@ class Gateway:
         self.draining = False
         self.began_s = time.monotonic()
         self.observer: Observer | None = None
+        self.arm: str | None = None  # of a canary, whose arms are gateways by themselves
         self._changed = asyncio.Event()
         self._scheduler = parts.scheduler
         self.intake = Intake(self)
