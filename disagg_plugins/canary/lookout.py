@@ -226,7 +226,9 @@ class Lookout:
             self._thread.shutdown(wait=False)
 
     async def _on_thread(self, do: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, do, *args)
+        """Do it in its turn, though who waits for it be cancelled: a look holds what it counts."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.shield(loop.run_in_executor(self._thread, do, *args))
 
     # On the thread
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from types import SimpleNamespace
 
@@ -75,6 +76,33 @@ def test_a_history_that_fails_does_not_hide_what_was_decided() -> None:
             await lookout.close()
 
     assert asyncio.run(look()) == RUNNING
+
+
+def test_what_a_cancelled_look_took_is_counted_all_the_same() -> None:
+    """The end of a gateway cancels a look, which may still wait for its turn on the thread."""
+    looked: list[object] = []
+    keeper = PretendKeeper()
+
+    def look(_: object, outcomes: list[object]) -> View:
+        looked.extend(outcomes)
+        return RUNNING
+
+    keeper.look = look  # type: ignore[method-assign]
+
+    async def cancel() -> None:
+        lookout, busy = lookout_of(keeper), threading.Event()
+        waiting = [(RUNNING.epoch, "outcome")]
+        lookout._seen = lambda: [waiting.pop()] if waiting else []  # type: ignore[assignment]
+        lookout._thread.submit(busy.wait, 10.0)
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(lookout.look())
+            await asyncio.sleep(0)
+            first.cancel()
+        busy.set()
+        await lookout.close()
+
+    asyncio.run(cancel())
+    assert looked == [(RUNNING.epoch, "outcome")]
 
 
 def test_a_sweep_of_copies_that_fails_does_not_end_the_gateway(arms) -> None:
