@@ -103,6 +103,14 @@ def instantiate(name: str, loaded: object) -> object:
         ) from exc
 
 
+class HookManager(pluggy.PluginManager):
+    """Looks for hooks in what a plugin defines, and not in what every object has."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        """Return the marker's options of an attribute, or None where it is no hook."""
+        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+
+
 def register(manager: pluggy.PluginManager, name: str, plugin: object) -> tuple[str, ...]:
     """Register ``plugin`` and return the names of its hooks.
 
@@ -152,7 +160,10 @@ def _check_version(name: str, plugin: object) -> None:
 
 
 def _check_marked(manager: pluggy.PluginManager, name: str, plugin: object) -> None:
+    names = set(dir(plugin))
     for hook in known_hooks(manager):
+        if hook not in names:
+            continue
         found = inspect.getattr_static(plugin, hook, None)
         function = getattr(found, "__func__", found)
         if inspect.isfunction(function) and not hasattr(function, "disagg_plugins_impl"):

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
-import pluggy
-
 from disagg_plugins import hookspecs
 from disagg_plugins.builtins import builtin_candidates
 from disagg_plugins.errors import HookContractError, PluginLoadError
@@ -25,6 +23,7 @@ from disagg_plugins.hook_calls import FailureKind, HookCalls, Implementation, No
 from disagg_plugins.placement.hooks import PlacementHooks
 from disagg_plugins.plugin_loading import (
     Candidate,
+    HookManager,
     entry_point_candidates,
     given_candidates,
     instantiate,
@@ -44,6 +43,8 @@ from disagg_plugins.types import TransportCapabilities
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    import pluggy
 
     from disagg_plugins.cli.checks import Check
     from disagg_plugins.cli.command import Command
@@ -98,7 +99,7 @@ class PluginHost:
 
     def __init__(self, policy: PluginPolicy, *, trace: Callable[[str], None] | None) -> None:
         self._policy = policy
-        self._manager = pluggy.PluginManager("disagg_plugins")
+        self._manager = HookManager("disagg_plugins")
         self._manager.add_hookspecs(hookspecs)
         self._failures: list[PluginLoadError] = []
         self._infos: dict[Candidate, PluginInfo] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import socket
 from collections.abc import Callable
 
@@ -11,6 +13,46 @@ from hypothesis import settings
 # Machines that run tests are busy: how long an example takes says nothing.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+
+# A tenth of the tests' time went into looking for garbage among what stays until the end.
+gc.set_threshold(50_000, 20, 100)
+
+LONGEST = (
+    "tests/canary/test_guide.py",
+    "tests/chaos/test_chaos.py",
+    "tests/adapters/reference/test_serve.py",
+    "tests/canary/test_two_gateways.py",
+    "tests/adapters/trtllm/test_guide.py",
+    "tests/gateway/test_resume.py",
+    "tests/gateway/test_slow_workers.py",
+    "tests/canary/test_rollouts.py",
+    "tests/adapters/trtllm/test_mutants.py",
+    "tests/cli/test_up.py",
+)
+"""Files with tests of many seconds: one that came last would be waited for alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put one of the longest files after the other first in the share of each process."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    longest: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    others = []
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        (longest[LONGEST.index(file) % processes] if file in LONGEST else others).append(item)
+    items.clear()
+    for number, first in enumerate(longest):  # `--dist worksteal` deals equal shares, in order
+        left = processes - number
+        share = (sum(map(len, longest[number:])) + len(others)) // left
+        rest = max(0, share - len(first)) if left > 1 else len(others)
+        items += first + others[:rest]
+        del others[:rest]
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector leave alone what stays until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -93,14 +93,14 @@ class Dependence:
             if not len(values):
                 return
             self.batches[level] += len(values)
-            self.totals[level] += float(values.sum())
-            self.squares[level] += float(np.square(values).sum())
+            self.totals[level] += float(np.add.reduce(values))
+            self.squares[level] += float(values.dot(values))
             half = self.pending[level]
             if half is not None:
                 values = np.concatenate(([half], values))
             self.pending[level] = float(values[-1]) if len(values) % 2 else None
-            pairs = len(values) // 2
-            values = values[: 2 * pairs].reshape(pairs, 2).sum(axis=1)
+            whole = len(values) // 2 * 2
+            values = values[0:whole:2] + values[1:whole:2]
 
     def merge(self, other: Dependence) -> None:
         """Let the factor be the mean of this series' and another's, by their numbers of values."""

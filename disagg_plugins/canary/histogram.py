@@ -34,6 +34,8 @@ EDGES: tuple[float, ...] = tuple(
 """Bin ``i`` holds the values from edge ``i - 1``, itself included, to below edge ``i``; the first
 begins at 0, the last has no end and holds +inf."""
 
+_EDGES = np.array(EDGES)
+
 NUM_BINS = len(EDGES) + 1
 
 LOWER: tuple[float, ...] = (0.0, *EDGES)
@@ -61,7 +63,7 @@ class Histogram:
         array = np.asarray(values, dtype=np.float64)
         if array.size and not bool((array >= 0.0).all()):
             raise ValueError("a value is not a number of at least 0")
-        bins = np.searchsorted(np.array(EDGES), array, side="right")
+        bins = np.searchsorted(_EDGES, array, side="right")
         result.counts += np.bincount(bins, minlength=NUM_BINS)
         result.count = int(array.size)
         return result

@@ -164,7 +164,8 @@ class Lookout:
     async def look(self) -> View:
         """Look once; whatever goes wrong, there is a view."""
         try:
-            view, point = await self._on_thread(self._look, list(self._seen()))
+            # in its turn, though who waits be cancelled: what it holds would not be counted
+            view, point = await asyncio.shield(self._on_thread(self._look, list(self._seen())))
         except Exception as exc:  # the requests go on, at the weight that is known
             log.exception("the look at the canary's evidence failed")
             trouble = f"the look failed: {type(exc).__name__}: {exc}"
@@ -185,7 +186,7 @@ class Lookout:
         return view
 
     async def act(self, do: Do, by: str, why: str) -> Decision:
-        """Carry out a person's command, and look.
+        """Carry out a person's command, and look; cancelled before its turn, it is not carried out.
 
         Raises:
             RolloutRefused: The rollout does not allow it now.
@@ -194,11 +195,12 @@ class Lookout:
         """
 
         def decide() -> Decision:
-            return command(self._store, self._plan, lambda r: act(r, do, instant(), by, why))
+            decision = command(self._store, self._plan, lambda r: act(r, do, instant(), by, why))
+            log.warning("canary: %s by %r: %r", do, by, why or "no reason given")
+            return decision
 
         decision = await self._on_thread(decide)
         self._report = None
-        log.warning("canary: %s by %r: %r", do, by, why or "no reason given")
         await self.look()
         return decision
 
@@ -225,10 +227,8 @@ class Lookout:
         finally:
             self._thread.shutdown(wait=False)
 
-    async def _on_thread(self, do: Callable[..., T], *args: object) -> T:
-        """Do it in its turn, though who waits for it be cancelled: a look holds what it counts."""
-        loop = asyncio.get_running_loop()
-        return await asyncio.shield(loop.run_in_executor(self._thread, do, *args))
+    def _on_thread(self, do: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, do, *args)
 
     # On the thread
 

@@ -170,6 +170,8 @@ async def _answer(
         _fail(front, reply, 503, str(exc), "store")
     except TimeoutError:
         message = f"the canary's memory did not answer within {ANSWER_S:g} s"
+        if do is not None:
+            message += f"; look at the status, {do!r} may have been carried out"
         _fail(front, reply, 503, message, "store")
     except Exception:
         log.exception("the canary's document could not be made")

@@ -186,12 +186,14 @@ class FakeEngine:
             async with asyncio.TaskGroup() as self._tasks:
                 await self._stop.wait()
         finally:
-            server.close()
+            # A closed asyncio server drops what it has accepted and not made yet, sockets open.
+            self._loop.remove_reader(sock)
             if self.pacer is not None:
                 self.pacer.stop()
             if self.leases is not None:
                 self.leases.clear()
             await self._close_all()
+            server.close()
 
     async def _close_all(self) -> None:
         """Close every connection, those too that were accepted and are not made yet.

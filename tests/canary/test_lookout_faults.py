@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from types import SimpleNamespace
 
+from disagg_plugins.canary import pages
 from disagg_plugins.canary.keeper import View
 from disagg_plugins.canary.lookout import Lookout
 from disagg_plugins.canary.progress import Progress
+from disagg_plugins.gateway.admin import signed_headers
 from disagg_plugins.testing.fake_engine import Behaviour
 from tests.gateway.harness import SECRET, eventually
 
@@ -103,6 +106,21 @@ def test_what_a_cancelled_look_took_is_counted_all_the_same() -> None:
 
     asyncio.run(cancel())
     assert looked == [(RUNNING.epoch, "outcome")]
+
+
+def test_a_command_whose_turn_did_not_come_is_not_carried_out_later(arms, monkeypatch) -> None:
+    monkeypatch.setattr(pages, "ANSWER_S", 0.2)
+    site, busy = arms(), threading.Event()
+    site.front.lookout._thread.submit(busy.wait, 10.0)
+    path = pages.PATH.decode()
+    command = {"do": "start", "by": "ann", "why": ""}
+    headers = signed_headers(SECRET, "POST", path, json.dumps(command).encode(), time.time())
+    status, _, body = site.request("POST", path, command, headers)
+    assert (status, b"'start' may have been carried out" in body) == (503, True)
+    looks = site.front.lookout.view
+    busy.set()
+    eventually(lambda: site.front.lookout.view is not looks, "the next look")
+    assert site.front.lookout.view.progress.phase == "pending"
 
 
 def test_a_sweep_of_copies_that_fails_does_not_end_the_gateway(arms) -> None:

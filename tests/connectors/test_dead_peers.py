@@ -216,7 +216,7 @@ def test_killed_reader_fails_its_handoff_at_once(spawn: Spawn, name: str, step: 
 @pytest.mark.parametrize("step", ["claimed", "read"])
 @pytest.mark.parametrize("name", TRANSPORTS)
 def test_stopped_reader_loses_its_handoff_to_the_lease(spawn: Spawn, name: str, step: str) -> None:
-    world = World({name: TRANSPORTS[name]()}, policy=quick_policy(lease_s=0.5))
+    world = World({name: TRANSPORTS[name]()}, policy=quick_policy(lease_s=1.5))
     opened = world.open()
     child = spawn("reader", name, world.listeners[0].address, opened.ticket, step)
     assert child.line() == step

@@ -225,6 +225,7 @@ def test_a_request_that_loads_is_given_up_at_once_and_the_next_gets_its_blocks(
     end_s = time.monotonic() + 30.0
     while not engine.stats()["loading"]:
         assert time.monotonic() < end_s, "it does not load"
+        time.sleep(0.001)
     second = ask(engine, PROMPTS[4], 1)  # does not fit beside it
     engine.cancel(first.request.request_id)
     assert (first.finish_reason, second.finish_reason) == ("abort", "length")

@@ -233,6 +233,7 @@ def test_what_nobody_comes_for_is_freed_by_its_lease(pair: Build) -> None:
     end_s = time.monotonic() + 10.0
     while two.decode.scheduler._fetcher.look(number) is not None:
         assert time.monotonic() < end_s
+        time.sleep(0.005)
     unmatched(two, given, number)
     two.prefill.wait_empty()
 
@@ -266,10 +267,12 @@ def test_a_request_given_up_at_its_first_token_leaves_nothing(pair: Build, era, 
     end_s = time.monotonic() + 10.0
     while not (outputs and outputs[-1].finish_reason == "abort"):
         assert time.monotonic() < end_s
+        time.sleep(0.005)
     two.prefill.wait_empty()
     end_s = time.monotonic() + 10.0
     while two.decode.used_bytes:
         assert time.monotonic() < end_s
+        time.sleep(0.005)
     assert two.decode.ask(prompt(20), 2).tokens  # what is planned next forgets them
     two.decode.wait_empty()
 
