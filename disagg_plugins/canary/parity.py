@@ -51,6 +51,9 @@ WITHIN = (1, 4, 16, 64)
 
 DRIFT_QUANTILE = 0.5
 
+LEAST_ODD = 3
+"""Pairs that differ before a bucket without a fair share of them holds a step."""
+
 TESTS_A_BUCKET = 1 + len(WITHIN) + 1
 
 
@@ -279,16 +282,27 @@ class Parity:
         return tuple(found)
 
     def _suspicious(self, bucket: int) -> list[str]:
-        """Say what differs more in a bucket than it may so far, proven or not."""
-        found = []
+        """Say what differs more in a bucket than it may so far, proven or not.
+
+        Rare buckets are long in telling: there it takes ``LEAST_ODD`` pairs that differ, and more
+        than a standard error, for one odd pair would hold the step for days.
+        """
+        found, rare = [], not self._counts(bucket)
         for aspect in SHARES:
             ours, theirs = (b.shares[aspect].figure(self.level) for b in self._row(bucket))
-            if ours.estimate is None or theirs.estimate is None:
+            if theirs.estimate is None:
                 continue
-            if theirs.estimate > self._bound(aspect).of(ours.estimate):
+            share, own = theirs.estimate, ours.estimate or 0.0
+            chance = 0.0
+            if rare:
+                if share * theirs.count < LEAST_ODD - 0.5:
+                    continue
+                parts = share * (1.0 - share) / theirs.count, own * (1.0 - own) / (ours.count or 1)
+                chance = math.sqrt(sum(parts))
+            if share > self._bound(aspect).of(own) + chance:
                 found.append(
-                    f"parity, {self._names[bucket]}: {aspect} in {amount(theirs.estimate)} of "
-                    f"{theirs.count} pairs with the candidate, {amount(ours.estimate)} of "
+                    f"parity, {self._names[bucket]}: {aspect} in {amount(share)} of "
+                    f"{theirs.count} pairs with the candidate, {amount(own)} of "
                     f"{ours.count} of the baseline with itself: more pairs have to tell"
                 )
         return found

@@ -264,7 +264,8 @@ class ParityPolicy(Section):
     fair_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.05,
         description="Buckets with so much of the pairs count: a step waits until they were looked "
-        "at, not for the verdict ok.",
+        "at, not for the verdict ok. In others three answers must differ, and by more than chance, "
+        "to hold it.",
     )
 
     @field_validator("prompt_tokens")

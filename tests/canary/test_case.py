@@ -71,6 +71,36 @@ def test_answers_that_differ_too_often_hold_a_step_before_they_condemn() -> None
     assert judged(200, SAME, case).decide() == "promote"
 
 
+def rare(candidate, baseline=(), ordinary: int = 200):
+    """Return a case of many short prompts that agree, and few long ones."""
+    terms = Terms(GUARDRAILS, 0.05, ParityPolicy(min_pairs=5, prompt_tokens=[8_000]).allowed())
+    case = outcomes(judged(ordinary, SAME, terms.empty()), 200)
+    for arm, differences in (("candidate", candidate), ("baseline", baseline)):
+        for difference in differences:
+            case.observe(Compared(arm, 9_000, difference))
+    return case
+
+
+@pytest.mark.parametrize("odd", [1, 2])
+def test_one_or_two_odd_answers_of_a_rare_length_hold_no_step(odd: int) -> None:
+    assert rare([OTHER] * odd, [SAME]).decide() == "promote"
+
+
+@pytest.mark.parametrize("baseline", [[], [SAME], [SAME] * 4])
+def test_a_rare_length_whose_answers_all_differ_holds_a_step(baseline) -> None:
+    """Whether or not the baseline was seen there: it is taken to agree with itself."""
+    case = rare([OTHER] * 3, baseline)
+    assert case.decide() == "wait"
+    assert "prompts of 8000 and more tokens: different in 1 of 3" in case.judge()[0].reasons[0]
+
+
+def test_chance_in_a_rare_length_holds_a_step_no_longer_than_it_seems_more() -> None:
+    mixed = [OTHER] * 3 + [SAME] * 5
+    assert rare(mixed, [SAME] * 8, 1_000).decide() == "wait"
+    assert rare(mixed, [OTHER] * 2 + [SAME] * 6, 1_000).decide() == "promote"
+    assert rare([*mixed, *[SAME] * 60], [SAME] * 68, 3_000).decide() == "promote"
+
+
 def test_what_the_baseline_does_to_itself_holds_no_step() -> None:
     case = outcomes(judged(5, SAME), 200)
     for arm in ("baseline", "candidate"):
