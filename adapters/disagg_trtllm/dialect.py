@@ -145,7 +145,7 @@ class TrtllmDialect:
             raise RemoteProtocolError(f"the prompt is told as {prompt!r:.60}")
         if len(prompt) != (read := _read(answer)):
             raise RemoteProtocolError(f"{len(prompt)} prompt tokens are told, and {read} were read")
-        if type(token) is not int or token < 0:
+        if type(token) is not int or not 0 <= token < 1 << 31:
             raise RemoteProtocolError(f"the first token is told as {token!r:.40}")
         choices = answer.get("choices")
         choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None

@@ -113,7 +113,7 @@ class Bodies:
             found = opener.opening(msgspec.json.decode(told, type=dict), plain)
             if self._spell(found.token) != found.text:
                 raise RemoteProtocolError("the tokenizer says otherwise than the worker")
-        except (*UNREADABLE, RemoteProtocolError) as exc:
+        except (*UNREADABLE, RemoteProtocolError, OverflowError) as exc:  # ids of any length
             log.warning("handoff %s is decoded from its prompt alone: %s", ref.handoff_id, exc)
             return published
         return replace(published, opening=found)

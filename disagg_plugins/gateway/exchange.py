@@ -47,10 +47,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_WHOLE_BYTES = 1 << 20
-"""An answer that is not a stream is held up to this length, so that a failure inside it can still
-be retried; a longer one is passed on as it comes."""
-
 MAX_PREFILL_ANSWER_BYTES = 8 << 20
 """One token and the handoff's parameters are a few KiB."""
 
@@ -234,7 +230,7 @@ class Exchange:
             if not data:
                 return
         elif self._flow.state is not f.State.STREAM:
-            self._keep(call, data, MAX_WHOLE_BYTES)
+            self._keep(call, data, self._resumption.whole_bytes)
             return
         if self._sse is None or carries_output(data):
             self._times.stamp(now_s)
@@ -577,6 +573,7 @@ class Exchange:
             if self._sse is not None:
                 self._note_end(self._sse.end())
             self._resumption.ended(record)
+            self._times.at_once = 1 if self._resumption.opened is None else 2
         finally:
             self._calls.surroundings.ended(record)
             self._gateway.finished(self, self._times, self._ref)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from disagg_plugins.errors import RemoteProtocolError
-from disagg_plugins.gateway.sse import DONE
 from disagg_plugins.gateway.trail import read_event
 
 if TYPE_CHECKING:
@@ -38,15 +37,31 @@ class Opened:
 
     def stream(self, data: bytes) -> bytes:
         """Return events of the decode worker's stream as the client gets them."""
-        if self._begun and USAGE[0] not in data and USAGE[1] not in data:
+        if self._begun and not _has_usage(data):
             return data
-        events = data.replace(b"\r\n", b"\n").split(b"\n\n")
-        return b"\n\n".join([self._event(event) if event else event for event in events])
+        return b"\n\n".join([self._event(event) if event else event for event in _split(data)])
+
+    def misread(self, data: bytes) -> str | None:
+        """Return how events of the stream say that decode read another prompt, or None."""
+        if not _has_usage(data):
+            return None
+        for event in _split(data):
+            try:
+                usage = (_read(event) or {}).get("usage")
+                if isinstance(usage, dict):
+                    self._check(usage)
+            except RemoteProtocolError as exc:
+                return str(exc)
+        return None
 
     def _event(self, event: bytes) -> bytes:
-        plain = read_event(event)
+        plain = _read(event)
         if plain is None:
-            return self._unopened(event) if DONE in event and not self._begun else event
+            silent = self._begun or _data(event) is None
+            return event if silent else self._unopened(event)
+        if "error" in plain:
+            self._begun = True
+            return event
         changed = False
         usage = plain.get("usage")
         if isinstance(usage, dict):
@@ -55,21 +70,21 @@ class Opened:
         choices = plain.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else None
         if self._begun or not isinstance(choice, dict):
-            return b"data: %b" % _encode(plain) if changed else event
+            return _rewritten(event, plain) if changed else event
         self._begun = True
         first = {**choice, "text": self._opening.text, "finish_reason": None}
         if "stop_reason" in first:
             first["stop_reason"] = None
         kept = {k: v for k, v in plain.items() if k not in ("choices", "usage")}
-        rest = b"data: %b" % _encode(plain) if changed else event
+        rest = _rewritten(event, plain) if changed else event
         return b"data: %b\n\n%b" % (_encode({**kept, "choices": [first]}), rest)
 
-    def _unopened(self, done: bytes) -> bytes:
-        """Return the end mark of an answer to which decode had nothing to add."""
+    def _unopened(self, event: bytes) -> bytes:
+        """Return an event that ends the answer or cannot be read, after what prefill wrote."""
         self._begun = True
         choice = {"index": 0, "text": self._opening.text, "logprobs": None, "finish_reason": None}
-        event = {"object": "text_completion", "choices": [choice]}
-        return b"data: %b\n\n%b" % (_encode(event), done)
+        first = {"object": "text_completion", "choices": [choice]}
+        return b"data: %b\n\n%b" % (_encode(first), event)
 
     def whole(self, answer: bytes) -> bytes:
         """Return the decode worker's whole answer as the client gets it.
@@ -106,6 +121,32 @@ class Opened:
             prompt if prompt is None else prompt - 1,
             output if output is None else output + 1,
         )
+
+
+def _has_usage(data: bytes) -> bool:
+    return USAGE[0] in data or USAGE[1] in data
+
+
+def _split(data: bytes) -> list[bytes]:
+    return data.replace(b"\r\n", b"\n").split(b"\n\n")
+
+
+def _data(event: bytes) -> bytes | None:
+    """Return what an event carries, which may have comments and other fields beside; or None."""
+    lines = [line[5:] for line in event.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(lines) if lines else None
+
+
+def _read(event: bytes) -> Body | None:
+    """Return the JSON object of an event, or None where it carries none."""
+    data = _data(event)
+    return None if data is None else read_event(b"data:" + data)
+
+
+def _rewritten(event: bytes, plain: Body) -> bytes:
+    """Return an event that carries something else."""
+    beside = [line for line in event.split(b"\n") if not line.startswith(b"data:")]
+    return b"\n".join([*beside, b"data: " + _encode(plain)])
 
 
 def _recounted(usage: Body) -> Body:

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from disagg_plugins.telemetry.records import RequestRecord
     from disagg_plugins.types import Worker
 
+MAX_WHOLE_BYTES = 1 << 20
+"""An answer that is not a stream is held up to this length, so that a failure inside it can still
+be retried; a longer one is passed on as it comes."""
+
+MAX_OPENED_BYTES = 64 << 20
+"""An answer that has to be put together is held whole; no prompt's answer is longer."""
+
 ERROR = b'"error"'
 """Inside a JSON text the quotes would be escaped."""
 
@@ -43,6 +50,7 @@ class Resumption:
 
     __slots__ = (
         "_bound",
+        "_misread",
         "_parsed",
         "_resumed",
         "_why_not",
@@ -59,6 +67,7 @@ class Resumption:
         self.opened: Opened | None = None
         self._parsed = parsed
         self._bound: int | None = None
+        self._misread = False  # what was said answers another prompt
         self._resumed: Resumed | None = None
         self._why_not: str | None = "its events were not looked at"
 
@@ -93,6 +102,11 @@ class Resumption:
             return self.opened.stream(data)
         return data if self.trail is None else self.trail.take(data)
 
+    @property
+    def whole_bytes(self) -> int:
+        """Return how much of an answer that is no stream is held before it is sent."""
+        return MAX_WHOLE_BYTES if self.opened is None else MAX_OPENED_BYTES
+
     def whole(self, answer: bytes) -> bytes:
         """Return an answer that is no stream as the client gets it.
 
@@ -105,6 +119,9 @@ class Resumption:
 
     def failure(self, data: bytes) -> tuple[bytes, str | None]:
         """Return whole events up to one that tells of the worker's failure, and what it tells."""
+        if self.opened is not None and (problem := self.opened.misread(data)) is not None:
+            self._misread = True
+            return b"", problem
         if self.trail is None or ERROR not in data:
             return data, None
         events = data.replace(b"\r\n", b"\n").split(b"\n\n")
@@ -124,7 +141,7 @@ class Resumption:
         """Return what is missing of an answer whose last token was sent; None: it was not."""
         parsed, trail = self._parsed, self.trail
         said = StreamEnd() if sse is None else sse.end()
-        if not parsed.single:
+        if not parsed.single or self._misread:
             return None
         chat, known = parsed.endpoint == CHAT, trail is not None and trail.problem() is None
         finish = b""
@@ -147,6 +164,8 @@ class Resumption:
 
     def obstacle(self) -> str | None:
         """Return why no other worker could go on from what was said, or None."""
+        if self._misread:
+            return "it answers another prompt"
         if self.trail is None:
             return self._why_not
         if self._resumed is not None and self._resumed.owes:

@@ -12,12 +12,17 @@ if TYPE_CHECKING:
 
 
 class Timeline:
-    """Moments of one request on one monotonic clock, in seconds."""
+    """Moments of one request on one monotonic clock, in seconds.
 
-    __slots__ = ("arrival_s", "prefill_end_s", "prefill_start_s", "stamp", "stamps_s")
+    Attributes:
+        at_once: Tokens of the first piece: TPOT is the time of those that came after it.
+    """
+
+    __slots__ = ("arrival_s", "at_once", "prefill_end_s", "prefill_start_s", "stamp", "stamps_s")
 
     def __init__(self, arrival_s: float) -> None:
         self.arrival_s = arrival_s
+        self.at_once = 1
         self.prefill_start_s = 0.0
         self.prefill_end_s = 0.0
         # one moment a forwarded read that carries output, 8 bytes each
@@ -45,9 +50,9 @@ class Timeline:
             gaps_s = sorted(map(sub, stamps_s[1:], stamps_s))
             record.gaps_s = gaps_s
             metrics.observe("disagg_itl_seconds", route, gaps_s)
-        tokens = record.output_tokens
+        tokens, at_once = record.output_tokens, self.at_once
         if tokens is None:  # nobody told: most engines write a token a piece
-            tokens, record.tpot_by = len(stamps_s), "pieces"
-        if record.stream and tokens > 1:
-            record.tpot_s = (stamps_s[-1] - stamps_s[0]) / (tokens - 1)
+            tokens, at_once, record.tpot_by = len(stamps_s), 1, "pieces"
+        if record.stream and tokens > at_once:
+            record.tpot_s = (stamps_s[-1] - stamps_s[0]) / (tokens - at_once)
             metrics.observe("disagg_tpot_seconds", route, (record.tpot_s,))

@@ -7,8 +7,8 @@ own (``with FakeEngine() as engine``) or as a process::
 
     python -m disagg_plugins.testing.fake_engine --port 8101 --tokens 16
 
-With ``--profile`` it takes the time that a measured engine takes (``pace.py``); with ``--workers``
-one process holds many of them, on ports that follow ``--port-base``.
+With ``--profile`` it takes a measured engine's time (``pace.py``); with ``--workers`` one process
+holds many of them, on ports that follow ``--port-base``.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ Json = dict[str, object]
 
 MAX_TOKENS_SERVED = 100_000
 START_TIMEOUT_S = 10.0
-STOP_S = 5.0
-"""How long the end waits for connections that were accepted but are not made yet."""
+STOP_S = 5.0  # how long the end waits for connections that are accepted and not made yet
 
 
 @dataclass(slots=True)
@@ -63,6 +62,7 @@ class Behaviour:
         error_event: Begin a stream with an error event of this code.
         error_inside: End a stream with an error event of this code, after ``after_chunks`` chunks.
         odd_chars: Every token but the first of three is a part of one character, as a byte is.
+        more_read: Tokens that it reads besides a prompt's ids.
         first_s: Wait before answering, in seconds.
         chunk_s: Wait between chunks, in seconds.
         tokens: Tokens of an answer; None: what the request bounds, 8 without a bound.
@@ -82,6 +82,7 @@ class Behaviour:
     error_event: int | None = None
     error_inside: int | None = None
     odd_chars: bool = False
+    more_read: int = 0
     first_s: float = 0.0
     chunk_s: float = 0.0
     tokens: int | None = None
@@ -428,7 +429,7 @@ class _Answer:
         read = read_ids(ids)
         if read is not None and isinstance(ids, list):
             self._seed, self._given = read
-            self._prompt_tokens = len(ids)
+            self._prompt_tokens = len(ids) + self.behaviour.more_read
             if self.behaviour.tokens:
                 self._count = self.behaviour.tokens - len(self._given)
 
@@ -571,12 +572,8 @@ class _Answer:
         choice.update(
             {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         )
-        answer: Json = {
-            "id": "x",
-            "model": self._engine.model,
-            "choices": [choice],
-            "usage": self._usage(),
-        }
+        answer: Json = {"id": "x", "model": self._engine.model, "choices": [choice]}
+        answer["usage"] = self._usage()
         if params is not None:
             answer["kv_transfer_params"] = params
         return answer
@@ -589,8 +586,8 @@ class _Answer:
             nixl: Json = {"do_remote_prefill": True, "do_remote_decode": False}
             where = {"remote_host": "127.0.0.1", "remote_port": 1, **kept}
             return {**nixl, **where, "remote_engine_id": "e", "remote_block_ids": [1]}
-        here = {"tp_rank": 0, "tp_size": 1, "host_id": "h", "addresses": {"shm": "a"}}
-        endpoint = {**here, **kept}
+        here = {"host_id": "h", "addresses": {"shm": "a"}}
+        endpoint = {"tp_rank": 0, "tp_size": 1, **here, **kept}
         record = {"version": 1, "num_tokens": self._prompt_tokens, "endpoints": [endpoint]}
         return {"disagg": record, "remote_prefill_cached_tokens": 0}
 

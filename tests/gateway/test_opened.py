@@ -114,3 +114,37 @@ def test_an_answer_without_usage_has_none() -> None:
 def test_an_answer_to_something_else_is_refused(answer: bytes, why: str) -> None:
     with pytest.raises(RemoteProtocolError, match=why):
         opened().whole(answer)
+
+
+@pytest.mark.parametrize("beside", [b": keep-alive\n", b"event: completion\n", b"id: 1\n"])
+@pytest.mark.parametrize("always", [False, True])
+def test_events_may_have_other_lines_before_their_data(beside: bytes, always: bool) -> None:
+    this = opened()
+    data = this.stream(beside + event(" upon", usage=usage(4, 1)))
+    data += this.stream((beside if always else b"") + event(" a", "length"))
+    said = [json.loads(line[5:]) for line in data.splitlines() if line.startswith(b"data:")]
+    assert [e["choices"][0]["text"] for e in said] == ["Once", " upon", " a"]
+    assert said[1]["usage"] == usage(3, 2)
+    assert data.count(beside) == 1 + always
+
+
+def test_what_cannot_be_read_comes_after_the_first_token() -> None:
+    this = opened()
+    data = this.stream(b"data: {half\n\n") + this.stream(event(" upon", "length"))
+    first, odd, last = data.split(b"\n\n")[:-1]
+    assert json.loads(first[5:])["choices"][0]["text"] == "Once"
+    assert odd == b"data: {half"
+    assert json.loads(last[5:])["choices"][0]["text"] == " upon"
+
+
+def test_nothing_is_added_to_an_error() -> None:
+    error = b'data: {"error": {"message": "no", "code": 400}}\n\n'
+    assert opened().stream(error + DONE) == error + DONE
+
+
+def test_a_stream_that_read_another_prompt_is_found_by_its_usage() -> None:
+    this = opened()
+    assert this.misread(event(" upon") + event(" a", usage=usage(4, 1))) is None
+    why = this.misread(event(" a") + b": ping\n" + event(None, usage=usage(999, 1)))
+    assert why is not None
+    assert "read 999 tokens, not the 4" in why

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from http.client import IncompleteRead
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from disagg_plugins import hookimpl
 from disagg_plugins.errors import LocalProtocolError
+from disagg_plugins.gateway import resumption
 from disagg_plugins.testing.fake_engine import Behaviour
 from disagg_plugins.testing.tokens import Tokens, prompt_ids
 from disagg_trtllm.announcements import Announcement, Announcements
@@ -176,7 +178,7 @@ FALSE = [
     None, [], {}, {"prompt": PROMPT}, {"prompt": PROMPT[:-1], "token": TOKEN},
     {"prompt": PROMPT, "token": -1}, {"prompt": PROMPT, "token": True},
     {"prompt": [*PROMPT[:-1], 1.5], "token": TOKEN}, {"prompt": "x", "token": TOKEN},
-    {"prompt": PROMPT, "token": TOKEN + 1},
+    {"prompt": PROMPT, "token": TOKEN + 1}, {"prompt": PROMPT, "token": 1 << 40},
 ]  # fmt: skip
 
 
@@ -248,6 +250,44 @@ def test_decode_that_fails_is_asked_anew_for_all_of_it(site, how, stream) -> Non
     else:
         assert two.text(answer) == right()
     two.stack.wait_idle()
+
+
+def test_long_answers_cost_no_second_call_and_no_blame(site, monkeypatch) -> None:
+    monkeypatch.setattr(resumption, "MAX_WHOLE_BYTES", 1 << 10)
+    two = site(gateway={"retry_share": 0.0, "retries_per_s": 0.0})
+    status, answer = two.stack.complete(max_tokens=1_000)
+    assert (status, two.text(answer)) == (200, right(1_000))
+    assert two.stack.engines["d0"].seen.requests == 1
+    (record,) = two.stack.records(1)
+    assert record["failures"] == []
+
+
+def test_a_stream_whose_worker_read_another_prompt_does_not_end_well(site) -> None:
+    two = site()
+    two.stack.engines["d0"].behaviour = Behaviour(more_read=1)
+    with pytest.raises(IncompleteRead) as broken:
+        two.stack.complete(stream=True, stream_options={"include_usage": True})
+    assert b"tokens, not the" in broken.value.partial
+    assert b"[DONE]" not in broken.value.partial
+    (record,) = two.stack.records(1)
+    assert record["outcome"] == "broken"
+    assert [f["worker"] for f in record["failures"]] == ["d0"]
+    two.stack.wait_idle()
+
+
+@pytest.mark.parametrize(("count", "steps"), [(2, 0), (3, 1), (5, 3)])
+def test_the_time_a_token_is_that_of_those_after_the_first_piece(site, count, steps) -> None:
+    """The first two tokens go out together."""
+    two = site()
+    two.stack.engines["d0"].behaviour = Behaviour(chunk_s=0.05)
+    two.stack.complete(stream=True, max_tokens=count, stream_options={"include_usage": True})
+    (record,) = two.stack.records(1)
+    assert record["output_tokens"] == count
+    if not steps:
+        assert record["tpot_s"] is None
+    else:
+        assert record["itl"]["count"] == steps
+        assert record["itl"]["p50_s"] / 2 < record["tpot_s"] <= record["itl"]["max_s"] + 1e-6
 
 
 def test_short_prompts_are_none_of_this(site) -> None:
