@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -27,6 +28,9 @@ from disagg_plugins.telemetry.records import HandoffRecord
 from disagg_vllm.plugin import CONNECTOR
 from disagg_vllm.settings import KEYS
 from tests.doc_blocks import PAGES, ROOT, blocks, commands
+
+if typing.TYPE_CHECKING:
+    import argparse
 
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
@@ -138,13 +142,18 @@ def test_make_targets_exist(page) -> None:
     assert used <= targets
 
 
+@functools.cache
+def parser() -> argparse.ArgumentParser:
+    with PluginHost.load(entry_points=False) as host:
+        return build_parser(host.commands())
+
+
 def parses(line: str) -> bool:
     """Return whether ``disagg`` itself understands a command line."""
-    with PluginHost.load(entry_points=False) as host:
-        try:
-            build_parser(host.commands()).parse_args(shlex.split(line)[1:])
-        except SystemExit:
-            return False
+    try:
+        parser().parse_args(shlex.split(line)[1:])
+    except SystemExit:
+        return False
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
@@ -16,8 +17,10 @@ import pytest
 import torch
 import yaml
 
+from disagg_plugins import plugins
 from disagg_plugins.handoff.endpoints import to_json
 from disagg_plugins.handoff.tickets import mint, new_handoff_id
+from disagg_plugins.plugin_loading import entry_point_candidates
 from disagg_reference.engine import Engine, EngineOptions
 from disagg_reference.request import Output, Request
 from disagg_reference.tiny import TinyShape, make_tiny
@@ -32,6 +35,14 @@ MODULE = "disagg_trtllm.connector"
 WAIT_S = 20.0
 NUMBERS = itertools.count(1)
 PROMPTS = itertools.count(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _installed_plugins() -> Iterator[None]:
+    """Look at what is installed once, and not for each rank of each engine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugins, "entry_point_candidates", functools.cache(entry_point_candidates))
+        yield
 
 
 @pytest.fixture(scope="session")
