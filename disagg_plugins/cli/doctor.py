@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from disagg_plugins.cli.checks import CheckContext, Finding, Level, render, worst
 from disagg_plugins.cli.common import (
+    ARMS,
     add_arm,
     add_policy,
     listening_at,
@@ -97,11 +98,21 @@ class DoctorCommand:
             const="",
             help="ask the gateway whether splits really happen (default: where POLICY has it)",
         )
-        add_arm(parser)
+        add_arm(parser, default=None)
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
-        """Exit with 1 if there is a problem, with 0 on warnings and less."""
+        """Exit with 1 if there is a problem, with 0 on warnings and less.
+
+        Raises:
+            ConfigError: An arm is named and no gateway is to be asked, or which one is not told.
+        """
+        if args.arm is not None and args.live is None:
+            raise ConfigError(
+                "without --live no gateway is asked, and only a gateway has arms",
+                key="--arm",
+                fix="add --live, or name the policy of that arm instead",
+            )
         groups: dict[str, Sequence[Finding]] = {}
         live = None if args.live is None else _live_url(args)
         if args.policy or not live:
@@ -109,7 +120,7 @@ class DoctorCommand:
         if live:
             from disagg_plugins.cli.live import examine_gateway
 
-            groups["gateway"] = examine_gateway(live, arm=args.arm)
+            groups["gateway"] = examine_gateway(live, arm=args.arm or ARMS[0])
         if args.json:
             plain = {name: [asdict(f) for f in found] for name, found in groups.items()}
             print(json.dumps(plain, indent=2))

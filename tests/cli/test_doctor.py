@@ -69,6 +69,15 @@ def test_live_of_no_gateway_is_an_error_that_names_both_ways(given: list[str], c
     assert "disagg doctor disagg.yaml --live" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arm", ["baseline", "candidate"])
+@pytest.mark.parametrize("policy", [[], ["disagg.yaml"]])
+def test_an_arm_without_live_is_refused(policy: list[str], arm: str, capsys: Any) -> None:
+    assert main(["doctor", *policy, "--arm", arm]) == 2
+    told = capsys.readouterr()
+    assert "--arm: without --live no gateway is asked" in told.err
+    assert told.out == ""
+
+
 def test_check_that_raises_is_a_problem_and_stops_nothing() -> None:
     class Raising:
         name = "raising"
