@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from disagg_plugins.types import Worker
 
 
+UNLIKE_FIX = (
+    "give prefill and decode workers one engine, or engines that hand over to others; or set "
+    "scheduler.split.rule to never"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class EnginePairs:
     """What the engines of a fleet make of its pairs.

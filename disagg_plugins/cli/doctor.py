@@ -19,13 +19,17 @@ from disagg_plugins.errors import ConfigError
 from disagg_plugins.gateway.pairs import own_transport
 from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy_file import read_policy as read_quietly
+from disagg_plugins.policy_pairs import engine_pairs
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from disagg_plugins.cli.checks import Check
+    from disagg_plugins.gateway.dialect import Dialect
+    from disagg_plugins.policy import Policy
+    from disagg_plugins.policy_pairs import EnginePairs
 
 
 def run_check(check: Check, context: CheckContext) -> Sequence[Finding]:
@@ -58,8 +62,14 @@ def examine(policy_path: Path | None) -> dict[str, Sequence[Finding]]:
             own_transport=frozenset(name for name, d in dialects.items() if own_transport(d)),
             plugin_failures=tuple(str(f) for f in host.failures),
             unknown_names=tuple(unknown_names(loaded.policy, host)) if loaded else (),
+            pairs=_pairs(loaded.policy, dialects) if loaded else None,
         )
         return {name: run_check(check, context) for name, check in checks.items()}
+
+
+def _pairs(policy: Policy, dialects: Mapping[str, Dialect]) -> EnginePairs | None:
+    meant = policy.scheduler.split.rule != "never"
+    return engine_pairs(policy, dialects) if meant else None
 
 
 def _live_url(args: argparse.Namespace) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from disagg_plugins.cli.checks import CheckContext, Finding, Level
 from disagg_plugins.cli.doctor import run_check
@@ -45,6 +46,35 @@ def test_workers_whose_engine_carries_its_handoffs_stage_nothing(
     (memory,) = [f for f in json.loads(done.stdout)["environment"] if f["subject"] == "memory"]
     assert memory["level"] == "ok"
     assert "no worker here stages KV" in memory["detail"]
+
+
+@pytest.mark.parametrize(
+    ("engines", "rule", "levels"),
+    [
+        (("vllm", "trtllm-native"), "threshold", ["problem"]),
+        (("vllm", "trtllm-native"), "never", []),
+        (("trtllm-native", "trtllm-native"), "threshold", []),
+        (("vllm", "vllm", "trtllm-native"), "threshold", ["warning"]),
+    ],
+)
+def test_pairs_of_engines_that_cannot_hand_over_to_each_other_are_named(
+    disagg: Any,
+    write_policy: Callable[..., Path],
+    engines: tuple[str, ...],
+    rule: str,
+    levels: list[str],
+) -> None:
+    path = write_policy(scheduler={"split": {"rule": rule}})
+    said = yaml.safe_load(path.read_text())
+    p0, d0 = said["fleet"]["workers"]
+    d1 = {**d0, "name": "d1", "url": "http://127.0.0.1:9"}
+    workers = [{**w, "engine": e} for w, e in zip((p0, d0, d1), engines, strict=False)]
+    path.write_text(yaml.safe_dump({**said, "fleet": {"workers": workers}}))
+    done = disagg("doctor", path, "--json", env=SECRET)
+    found = [f for f in json.loads(done.stdout)["workers"] if f["subject"] == "pairs"]
+    assert [f["level"] for f in found] == levels
+    assert all("trtllm-native hands over by its own means" in f["detail"] for f in found)
+    assert all(f["fix"] for f in found)
 
 
 def test_live_alone_asks_only_the_gateway(disagg: Any, free_port: Callable[[], int]) -> None:
