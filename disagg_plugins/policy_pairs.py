@@ -6,13 +6,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from disagg_plugins.gateway.fleet import are_pair, as_used
+from disagg_plugins.gateway.fleet import are_pair, as_used, in_role
 from disagg_plugins.gateway.pairs import own_means, own_transport
+from disagg_plugins.types import Role
 
 if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Dialect
     from disagg_plugins.policy import Policy
     from disagg_plugins.types import Worker
+
+
+UNLIKE_FIX = (
+    "give prefill and decode workers one engine, or engines that hand over to others; or set "
+    "scheduler.split.rule to never"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +67,34 @@ def engine_pairs(policy: Policy, dialects: Mapping[str, Dialect]) -> EnginePairs
 
 
 def carriers(policy: Policy, dialects: Mapping[str, Dialect]) -> Carriers:
-    """Return who carries the handoffs of a policy; ``dialects`` by engine."""
-    engines = {worker.engine for worker in policy.fleet.workers}
-    own = {engine for engine in engines if own_transport(dialects.get(engine))}
-    return Carriers(policy.fleet.watch is not None or engines != own, tuple(sorted(own)))
+    """Return who carries the handoffs of a policy; ``dialects`` by engine.
+
+    Workers of a watched file are taken to hand over by transports of this project.
+    """
+    possible = {
+        (prefill.engine, decode.engine)
+        for prefill, decode in _pairs(policy, dialects)
+        if own_means(prefill, decode, dialects) is None
+    }
+    # such an engine hands over to its like only, so one of the two tells of both
+    own = {engine for engine, _ in possible if own_transport(dialects.get(engine))}
+    ours = policy.fleet.watch is not None or any(engine not in own for engine, _ in possible)
+    return Carriers(ours, tuple(sorted(own)))
 
 
 def _pairs(policy: Policy, dialects: Mapping[str, Dialect]) -> Iterator[tuple[Worker, Worker]]:
     """Yield the pairs that the policy means, of workers that are alike two at most."""
     alike: dict[object, list[Worker]] = {}
     for each in policy.fleet.workers:
-        worker = as_used(each.worker(), dialects.get(each.engine))
-        alike.setdefault((worker.engine, worker.role, worker.handoffs), []).append(worker)
+        for worker in _as_may_be_used(each.worker(), dialects.get(each.engine)):
+            alike.setdefault((worker.engine, worker.role, worker.handoffs), []).append(worker)
     some = [worker for workers in alike.values() for worker in workers[:2]]
     return ((p, d) for p in some for d in some if are_pair(p, d))
+
+
+def _as_may_be_used(worker: Worker, dialect: Dialect | None) -> list[Worker]:
+    """Return a worker in each role that its engine can give it."""
+    used = as_used(worker, dialect)
+    if not used.role_switch:
+        return [used]
+    return [in_role(used, role, dialect) for role in (Role.PREFILL, Role.DECODE)]

@@ -22,7 +22,7 @@ def policy(*workers: tuple[str, str], rule: str = "threshold", **fleet: object) 
             "fleet": {
                 "workers": [
                     {
-                        "name": f"{engine}-{role}", "engine": engine, "role": role,
+                        "name": f"{engine}-{role}-{number}", "engine": engine, "role": role,
                         "url": f"http://127.0.0.1:{9001 + number}",
                     }
                     for number, (engine, role) in enumerate(workers)
@@ -84,15 +84,46 @@ def test_workers_of_a_watched_file_may_make_a_pair() -> None:
     [
         ((VLLM_P, VLLM_D), True, ()),
         ((OWN_P, OWN_D), False, ("trtllm-native",)),
-        ((OWN_B,), False, ("trtllm-native",)),
+        ((OWN_B,), False, ()),
+        ((OWN_B, OWN_D), False, ("trtllm-native",)),
+        ((OWN_P, OWN_D, ("vllm", "both")), False, ("trtllm-native",)),
+        ((OWN_P, OWN_D, VLLM_P), False, ("trtllm-native",)),
+        ((VLLM_P, VLLM_D, OWN_P), True, ()),
+        ((VLLM_P, OWN_D), False, ()),
+        ((SGLANG_P, VLLM_D, OWN_D), True, ()),
+        ((("sglang", "both"), ("sglang", "both")), False, ()),
         ((VLLM_P, VLLM_D, OWN_P, OWN_D), True, ("trtllm-native",)),
         ((), True, ()),
     ],
 )
-def test_who_carries_handoffs_follows_from_the_engines(workers, ours: bool, own) -> None:
+def test_who_carries_handoffs_follows_from_the_pairs_that_can_share_them(
+    workers, ours: bool, own
+) -> None:
     fleet = {} if workers else {"watch": "more.yaml"}
     found = carriers(policy(*workers, **fleet), DIALECTS)
     assert (found.ours, found.own) == (ours, own)
+
+
+def test_workers_that_can_change_their_roles_may_make_a_pair() -> None:
+    movable = [
+        {
+            "name": name, "engine": "sglang", "role": "both", "role_switch": True,
+            "url": f"http://127.0.0.1:{port}",
+        }
+        for name, port in (("a", 9001), ("b", 9002))
+    ]  # fmt: skip
+    said = Policy.model_validate({"fleet": {"workers": movable}})
+    assert engine_pairs(said, DIALECTS).possible
+    assert carriers(said, DIALECTS).ours
+    alone = Policy.model_validate({"fleet": {"workers": movable[:1]}})
+    assert not engine_pairs(alone, DIALECTS).possible
+
+
+def test_a_worker_that_no_pair_has_is_not_told_of_as_one_of_others() -> None:
+    text = explain(policy(OWN_P, OWN_D, ("vllm", "both")), DIALECTS)
+    assert "Between workers of trtllm-native KV travels by the engine's own transport" in text
+    for word in ("other workers", "shm", "A handoff nobody claims"):
+        assert word not in text, word
 
 
 def test_a_fleet_with_its_own_transport_is_not_told_of_ours() -> None:

@@ -12,10 +12,10 @@ from disagg_plugins.canary.histogram import BINS_PER_DECADE, EDGES, LOWER, UPPER
 from disagg_plugins.canary.lookout import title
 from disagg_plugins.canary.metrics import METRICS
 from disagg_plugins.canary.rollout import UNDECIDED
-from disagg_plugins.telemetry.ledger import UNOBSERVED
+from disagg_plugins.telemetry.ledger import ENDED_BY_PREFILL, UNOBSERVED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from disagg_plugins.canary.front import Front
     from disagg_plugins.canary.guardrail import Figure, Verdict
@@ -103,8 +103,6 @@ def _counted(front: Front) -> Plain:
 
 
 def _arm(gateway: Gateway) -> Plain:
-    recent = list(gateway.recent)
-    routed = [split for route, split, _ in recent if route == "disaggregated"]
     return {
         "model": gateway.fleet.model(),
         "requests": sum(gateway.metrics.counts("disagg_requests").values()),
@@ -118,11 +116,22 @@ def _arm(gateway: Gateway) -> Plain:
             }
             for state in gateway.fleet.states.values()
         ],
-        "split": {
-            "routed": len(routed),
-            "happened": routed.count("yes"),
-            "unobserved": routed.count(UNOBSERVED),
-        },
+        "split": _split(list(gateway.recent)),
+    }
+
+
+def _split(recent: Iterable[tuple[str, str, str]]) -> Plain:
+    """Return what became of the requests that were to be split.
+
+    Args:
+        recent: Of each request its route, what is known of its split, and why it was routed so.
+    """
+    routed = [split for route, split, _ in recent if route == "disaggregated"]
+    return {
+        "routed": len(routed),
+        "happened": routed.count("yes"),
+        "unobserved": routed.count(UNOBSERVED),
+        "ended_by_prefill": routed.count(ENDED_BY_PREFILL),
     }
 
 

@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 from disagg_plugins.canary.page_files import read
+from disagg_plugins.telemetry.split_words import beside_happened
 
 
 def report_html(document: Mapping[str, Any]) -> str:
@@ -106,8 +107,7 @@ ARMS_HEAD = ("Arm", "Model", "Requests", "In flight", "Really split, of the last
 
 def _arm(name: str, arm: Mapping[str, Any]) -> Iterable[object]:
     split = f"{arm['split']['happened']} of {arm['split']['routed']}"
-    if unobserved := arm["split"].get("unobserved"):
-        split += f", {unobserved} unobserved"
+    split += beside_happened(arm["split"])
     workers = "; ".join(
         f"{w['name']} ({w['role']}): {'healthy' if w['healthy'] else w['reason']}"
         for w in arm["workers"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from disagg_plugins.cli.common import add_policy, positive_float, read_policy, say
 from disagg_plugins.errors import ConfigError, DisaggError, TransportError
+from disagg_plugins.telemetry.split_words import beside_happened
 
 if TYPE_CHECKING:
     import argparse
@@ -235,11 +236,10 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     for arm, told in found.get("arms", {}).items():
         healthy = sum(bool(w["healthy"]) for w in told["workers"])
         split = told["split"]
-        unseen = f", {split['unobserved']} unobserved" if split.get("unobserved") else ""
         yield (
             f"{arm}: {healthy} of {len(told['workers'])} workers healthy, {told['requests']:.0f} "
             f"requests, of the last ones {split['routed']} split and {split['happened']} really so"
-            f"{unseen}"
+            f"{beside_happened(split)}"
         )
     for guardrail in found["guardrails"]:
         yield f"{guardrail['answer']:>5}  {guardrail['reason']}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from disagg_plugins.policy import Policy
+    from disagg_plugins.policy_pairs import EnginePairs
 
 
 class Level(StrEnum):
@@ -47,6 +48,7 @@ class CheckContext:
         engines: Engines that some plugin speaks to.
         plugin_failures: What could not be loaded, in words.
         own_transport: Those of them that carry their handoffs themselves.
+        pairs: What the engines make of the fleet's pairs; None where nothing is to be split.
         unknown_names: What the policy names and no plugin offers, in words.
     """
 
@@ -56,6 +58,7 @@ class CheckContext:
     plugin_failures: tuple[str, ...] = ()
     unknown_names: tuple[str, ...] = ()
     own_transport: frozenset[str] = frozenset()
+    pairs: EnginePairs | None = None
 
 
 class Check(Protocol):

@@ -82,12 +82,12 @@ def add_gateway(parser: argparse.ArgumentParser) -> None:
 ARMS = ("baseline", "candidate")
 
 
-def add_arm(parser: argparse.ArgumentParser) -> None:
-    """Add which arm of a canary is meant."""
+def add_arm(parser: argparse.ArgumentParser, *, default: str | None = ARMS[0]) -> None:
+    """Add which arm of a canary is meant; ``default`` where none is named."""
     parser.add_argument(
         "--arm",
         choices=ARMS,
-        default=ARMS[0],
+        default=default,
         help="of a gateway with a canary: whose fleet (default: the baseline's)",
     )
 

@@ -22,27 +22,15 @@ from urllib.request import urlopen
 
 import yaml
 
-from disagg_plugins.cli.checks import CheckContext, Level
 from disagg_plugins.cli.common import positive_int, say
-from disagg_plugins.cli.doctor import run_check
-from disagg_plugins.errors import ConfigError, DisaggError
-from disagg_plugins.plugins import PluginHost
-from disagg_plugins.policy import Policy
+from disagg_plugins.cli.demo_fleet import GENERATED, MODEL, START_S, policy, refuse_unready
+from disagg_plugins.errors import DisaggError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
 
     from disagg_plugins.cli.load import Sample
-
-GENERATED = "tiny"
-"""The model that the reference engine makes itself."""
-
-MODEL = "demo"
-"""As clients name it."""
-
-START_S = 300.0
-"""Longest start of the workers: engines on CPUs take a minute, their first compilation longer."""
 
 STOP_S = 30.0
 RECORDS_S = 10.0
@@ -52,7 +40,6 @@ ANSWER_S = 120.0
 PROMPT_WORDS = (150, 20, 220, 300, 380, 450)
 """One stays below the threshold of the split."""
 
-LEAST_WORDS = 40
 OUTPUT_TOKENS = 32
 SHARE_LOADED = 0.9
 """Least share of split prompts that decode must have taken over, not computed."""
@@ -107,10 +94,6 @@ class DemoCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Run it; exit with 1 where the split did not happen or an answer differs."""
-        if args.model == GENERATED and args.engine != "reference":
-            raise ConfigError(
-                f"no model for {args.engine}", key="--model", fix="name the folder of a model"
-            )
         refuse_unready(args)
         started_s = time.monotonic()
         result = run_demo(args)
@@ -122,35 +105,6 @@ class DemoCommand:
             print(f"demo: {problem}", file=sys.stderr)
         print(f"written: {args.out}" + ("; the demo FAILED" if wrong else ""))
         return 1 if wrong else 0
-
-
-def refuse_unready(args: argparse.Namespace) -> None:
-    """Refuse an engine that its environment has not all parts of, before anything starts.
-
-    Raises:
-        ConfigError: What the doctor's check of the engine calls a problem, with what to install.
-    """
-    said = Policy.model_validate(policy(args, (1, 2), 3))
-    with PluginHost.load(said.plugins) as host:
-        launchers, checks = host.launchers(), host.checks()
-        if args.engine not in launchers:
-            raise ConfigError(
-                f"no plugin installed here starts the engine {args.engine!r}",
-                key="--engine",
-                fix=f"install its adapter, or choose one of {', '.join(sorted(launchers))}",
-            )
-        if args.engine not in checks:
-            return
-        path = (args.run_dir / "split.yaml").absolute()
-        context = CheckContext(said, path, frozenset(launchers))
-        found = run_check(checks[args.engine], context)
-    problems = [finding for finding in found if finding.level is Level.PROBLEM]
-    if problems:
-        raise ConfigError(
-            "; ".join(dict.fromkeys(finding.detail for finding in problems)),
-            key="--python",
-            fix="; ".join(dict.fromkeys(finding.fix for finding in problems)),
-        )
 
 
 def run_demo(args: argparse.Namespace) -> dict[str, Any]:
@@ -184,30 +138,6 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
         found = wait_for_records(records, args.requests)
         left = open_things(urls[0])
     return {**summary(split, whole, found), "open_at_the_end": left}
-
-
-def policy(args: argparse.Namespace, ports: Sequence[int], gateway: int) -> dict[str, object]:
-    """Return the policy of two workers behind a gateway, or of one."""
-    roles = ("prefill", "decode") if len(ports) == 2 else ("both",)
-    model = args.model if args.model == GENERATED else str(Path(args.model).absolute())
-    return {
-        "model": MODEL,
-        "fleet": {
-            "workers": [
-                {
-                    "name": role if len(ports) == 2 else "whole",
-                    "engine": args.engine,
-                    "role": role,
-                    "url": f"http://127.0.0.1:{port}",
-                    "launch": {"python": args.python, "model": model, "start_s": START_S},
-                }
-                for role, port in zip(roles, ports, strict=True)
-            ]
-        },
-        "scheduler": {"split": {"rule": "threshold", "min_prompt_tokens": LEAST_WORDS}},
-        "gateway": {"port": gateway, "probe_s": 0.2},
-        "telemetry": {"records": "records.jsonl"},
-    }
 
 
 class Up:

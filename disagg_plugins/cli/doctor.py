@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from disagg_plugins.cli.checks import CheckContext, Finding, Level, render, worst
 from disagg_plugins.cli.common import (
+    ARMS,
     add_arm,
     add_policy,
     listening_at,
@@ -18,13 +19,17 @@ from disagg_plugins.errors import ConfigError
 from disagg_plugins.gateway.pairs import own_transport
 from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy_file import read_policy as read_quietly
+from disagg_plugins.policy_pairs import engine_pairs
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from disagg_plugins.cli.checks import Check
+    from disagg_plugins.gateway.dialect import Dialect
+    from disagg_plugins.policy import Policy
+    from disagg_plugins.policy_pairs import EnginePairs
 
 
 def run_check(check: Check, context: CheckContext) -> Sequence[Finding]:
@@ -57,8 +62,14 @@ def examine(policy_path: Path | None) -> dict[str, Sequence[Finding]]:
             own_transport=frozenset(name for name, d in dialects.items() if own_transport(d)),
             plugin_failures=tuple(str(f) for f in host.failures),
             unknown_names=tuple(unknown_names(loaded.policy, host)) if loaded else (),
+            pairs=_pairs(loaded.policy, dialects) if loaded else None,
         )
         return {name: run_check(check, context) for name, check in checks.items()}
+
+
+def _pairs(policy: Policy, dialects: Mapping[str, Dialect]) -> EnginePairs | None:
+    meant = policy.scheduler.split.rule != "never"
+    return engine_pairs(policy, dialects) if meant else None
 
 
 def _live_url(args: argparse.Namespace) -> str:
@@ -97,11 +108,21 @@ class DoctorCommand:
             const="",
             help="ask the gateway whether splits really happen (default: where POLICY has it)",
         )
-        add_arm(parser)
+        add_arm(parser, default=None)
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
-        """Exit with 1 if there is a problem, with 0 on warnings and less."""
+        """Exit with 1 if there is a problem, with 0 on warnings and less.
+
+        Raises:
+            ConfigError: An arm is named and no gateway is to be asked, or which one is not told.
+        """
+        if args.arm is not None and args.live is None:
+            raise ConfigError(
+                "without --live no gateway is asked, and only a gateway has arms",
+                key="--arm",
+                fix="add --live, or name the policy of that arm instead",
+            )
         groups: dict[str, Sequence[Finding]] = {}
         live = None if args.live is None else _live_url(args)
         if args.policy or not live:
@@ -109,7 +130,7 @@ class DoctorCommand:
         if live:
             from disagg_plugins.cli.live import examine_gateway
 
-            groups["gateway"] = examine_gateway(live, arm=args.arm)
+            groups["gateway"] = examine_gateway(live, arm=args.arm or ARMS[0])
         if args.json:
             plain = {name: [asdict(f) for f in found] for name, found in groups.items()}
             print(json.dumps(plain, indent=2))

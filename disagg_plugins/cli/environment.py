@@ -20,12 +20,14 @@ from disagg_plugins.cli.checks import CheckContext, Finding, Level
 from disagg_plugins.credentials import read_secret
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.launch.local import check_port_free
+from disagg_plugins.policy_pairs import UNLIKE_FIX
 from disagg_plugins.types import Role
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 if TYPE_CHECKING:
     from disagg_plugins.policy import Policy, WorkerPolicy
+    from disagg_plugins.policy_pairs import EnginePairs
 
 PYTHON_NEEDED = (3, 11)
 
@@ -143,6 +145,14 @@ def judge_gateway_port(policy: Policy) -> Iterator[Finding]:
         )
 
 
+def judge_pairs(pairs: EnginePairs | None) -> list[Finding]:
+    """Return a finding for each two kinds of workers whose engines keep them apart."""
+    if pairs is None:
+        return []
+    level = Level.WARNING if pairs.possible else Level.PROBLEM
+    return [Finding(level, "pairs", problem, UNLIKE_FIX) for problem in pairs.problems]
+
+
 def get_json(url: str, path: str) -> tuple[int, Any]:
     """Return status and decoded answer of a GET, bounded in time and size; None: not JSON.
 
@@ -170,7 +180,7 @@ class WorkersCheck:
     name = "workers"
 
     def run(self, context: CheckContext) -> Sequence[Finding]:
-        """Return one finding a worker, and one for the fleet if its models differ."""
+        """Return one finding a worker, and those of the fleet: models that differ, bad pairs."""
         if context.policy is None:
             return []
         findings: list[Finding] = []
@@ -209,7 +219,7 @@ class WorkersCheck:
                     "start every worker with the same model and the same served name",
                 )
             )
-        return findings
+        return findings + judge_pairs(context.pairs)
 
     def _ask(self, worker: WorkerPolicy) -> tuple[Finding, str | None]:
         try:

@@ -16,6 +16,7 @@ from disagg_plugins.cli.checks import Finding, Level
 from disagg_plugins.cli.common import ARMS, no_such_arm, of_arm, say
 from disagg_plugins.cli.environment import get_json
 from disagg_plugins.gateway.worker_state import NOT_PROBED
+from disagg_plugins.telemetry.ledger import ENDED_EARLY
 from disagg_plugins.telemetry.reports import HELLO_EVERY_S
 
 REASONS = {
@@ -75,12 +76,12 @@ def examine_gateway(
 def may_settle(status: Mapping[str, Any]) -> bool:
     """Return whether a gateway is so young that what is missing may just not have come yet.
 
-    Splits that were tried and none of which happened are told at once.
+    Splits that had to happen and none of which did are told at once.
     """
     up_s, split = status.get("up_s"), status.get("split", {})
     if not isinstance(up_s, int | float) or up_s >= SETTLED_S:
         return False
-    if split.get("not_happening") and not split.get("happened"):
+    if _missed(split) and not split.get("happened"):
         return False
     unprobed = any(not w["healthy"] and w.get("reason") == NOT_PROBED for w in status["workers"])
     return unprobed or bool(_silent(status)) or bool(status.get("split_problems"))
@@ -209,8 +210,25 @@ def _split(status: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _observed(status, split)
 
 
+def _missed(split: Mapping[str, Any]) -> dict[str, int]:
+    """Return the splits that had to load KV and did not, by the gateway's word for why."""
+    told = _words(split)
+    return {word: told[word] for word in told if word not in ENDED_EARLY}
+
+
+def _early(split: Mapping[str, Any]) -> dict[str, int]:
+    """Return the splits whose request ended before KV could be loaded, by how it ended."""
+    told = _words(split)
+    return {word: told[word] for word in told if word in ENDED_EARLY}
+
+
+def _words(split: Mapping[str, Any]) -> dict[str, int]:
+    told = split.get("not_happening") or {}
+    return {str(label).removeprefix("no: "): count for label, count in told.items()}
+
+
 def _without_reports(split: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield what nobody reports of, and what needed no handoff."""
+    """Yield what nobody reports of, what needed no handoff, and what ended before its own."""
     recent = split.get("recent_requests", 0)
     if unobserved := split.get("unobserved", 0):
         yield Finding(
@@ -227,14 +245,31 @@ def _without_reports(split: Mapping[str, Any]) -> Iterator[Finding]:
             f"{ended} of the last {recent} requests were ended by prefill: nothing was left to "
             "hand over",
         )
+    if early := _early(split):
+        yield _ended_early(early, split.get("routed_disaggregated", 0))
+
+
+def _ended_early(early: Mapping[str, int], routed: int) -> Finding:
+    """Return what splits tell whose requests ended before KV could be loaded: nothing."""
+    count = sum(early.values())
+    listed = ", ".join(f"{how} {times}" for how, times in early.items())
+    ended = f"{count} of {routed} requests ended before KV could be loaded ({listed})"
+    if count < routed:
+        return Finding(Level.OK, "split", f"{ended}: they tell nothing of handoffs")
+    return Finding(
+        Level.WARNING,
+        "split",
+        f"no split has completed yet: {ended}",
+        "ask again after some traffic; if all requests end so, see the per-request records",
+    )
 
 
 def _observed(status: Mapping[str, Any], split: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield whether those splits happened of which somebody can tell."""
     recent, routed = split.get("recent_requests", 0), split.get("routed_disaggregated", 0)
     happened, unobserved = split.get("happened", 0), split.get("unobserved", 0)
-    expected = routed - unobserved - split.get("ended_by_prefill", 0)
-    good = happened + unobserved
+    ended, early = split.get("ended_by_prefill", 0), sum(_early(split).values())
+    expected = routed - early - unobserved - ended
     if not expected:
         return
     if happened == expected:
@@ -245,18 +280,29 @@ def _observed(status: Mapping[str, Any], split: Mapping[str, Any]) -> Iterator[F
             f"{happened} of the last {recent} requests were split, all with KV loaded "
             f"({tokens:g} prompt tokens taken from handoffs in all)",
         )
-    else:
-        own = all(w.get("own_transport") for w in status["workers"])
-        none_fix = OWN_TRANSPORT_FIX if own else CONNECTOR_FIX
-        some_fix = OWN_TRANSPORT_FIX if own else "see the per-request records (handoff.problem)"
-        for label, count in (split.get("not_happening") or {}).items():
-            word = str(label).removeprefix("no: ")
-            yield Finding(
-                Level.PROBLEM if good == 0 or count * 10 > routed else Level.WARNING,
-                "split",
-                f"{count} of {routed} split requests loaded no KV: {REASONS.get(word, word)}",
-                some_fix if good else none_fix,
-            )
+        return
+    own = _only_own_transport(status)
+    fix = OWN_TRANSPORT_FIX if own else CONNECTOR_FIX
+    if not own and happened + unobserved:
+        fix = "see the per-request records (handoff.problem)"
+    good = happened + unobserved + ended
+    for word, count in _missed(split).items():
+        yield Finding(
+            Level.PROBLEM if good == 0 or count * 10 > routed - early else Level.WARNING,
+            "split",
+            f"{count} of {routed} split requests loaded no KV: {REASONS.get(word, word)}",
+            fix,
+        )
+
+
+def _only_own_transport(status: Mapping[str, Any]) -> bool:
+    """Return whether every pair that can share a handoff has an engine that carries it itself."""
+    workers = [w for w in status["workers"] if w.get("handoffs", True)]
+    ours = [w for w in workers if not w.get("own_transport")]
+    prefill = {w["name"] for w in ours if w["role"] in ("prefill", "both")}
+    decode = {w["name"] for w in ours if w["role"] in ("decode", "both")}
+    some_pair_is_ours = bool(prefill and decode) and len(prefill | decode) > 1
+    return len(ours) < len(workers) and not some_pair_is_ours
 
 
 def _never_routed(

@@ -9,7 +9,8 @@ from disagg_plugins.cli.common import add_policy, read_policy, say, unknown_name
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.plugins import PluginHost
 from disagg_plugins.policy_advice import engine_advice, explain
-from disagg_plugins.policy_pairs import engine_pairs
+from disagg_plugins.policy_file import read_policy as read_quietly
+from disagg_plugins.policy_pairs import UNLIKE_FIX, engine_pairs
 
 if TYPE_CHECKING:
     import argparse
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from disagg_plugins.gateway.dialect import Dialect
     from disagg_plugins.policy import Policy
+    from disagg_plugins.policy_file import LoadedPolicy
 
 
 def _refuse_unlike(policy: Policy, dialects: Mapping[str, Dialect], file: str) -> None:
@@ -31,9 +33,33 @@ def _refuse_unlike(policy: Policy, dialects: Mapping[str, Dialect], file: str) -
             "; ".join(pairs.problems),
             file=file,
             key="fleet.workers",
-            fix="give prefill and decode workers one engine, or engines that hand over to others; "
-            "or set scheduler.split.rule to never",
+            fix=UNLIKE_FIX,
         )
+
+
+def _odd(loaded: LoadedPolicy, file: str) -> list[str]:
+    """Return what plugins and engines make of a policy that is likely not meant.
+
+    Raises:
+        ConfigError: No two workers can share a handoff.
+    """
+    with PluginHost.load(loaded.policy.plugins) as host:
+        odd, dialects = unknown_names(loaded.policy, host), host.dialects()
+    _refuse_unlike(loaded.policy, dialects, file)
+    return [*odd, *engine_advice(loaded.policy, dialects)]
+
+
+def _odd_candidate(baseline: LoadedPolicy) -> list[str]:
+    """Return the same of the candidate of a canary; one that is not there was told already.
+
+    Raises:
+        ConfigError: Its policy is wrong, or no two of its workers can share a handoff.
+    """
+    canary = baseline.policy.canary
+    path = baseline.base_dir / canary.candidate.expanduser() if canary is not None else None
+    if path is None or not path.is_file():
+        return []
+    return [f"the candidate: {each}" for each in _odd(read_quietly(path), str(path))]
 
 
 class PolicyCommand:
@@ -59,13 +85,11 @@ class PolicyCommand:
             print(json.dumps(policy_schema(), indent=2))
             return 0
         loaded = read_policy(args.policy)
-        with PluginHost.load(loaded.policy.plugins) as host:
-            odd, dialects = unknown_names(loaded.policy, host), host.dialects()
         if args.verb == "explain":
-            print(explain(loaded.policy, dialects))
+            with PluginHost.load(loaded.policy.plugins) as host:
+                print(explain(loaded.policy, host.dialects()))
             return 0
-        _refuse_unlike(loaded.policy, dialects, str(args.policy))
-        odd += engine_advice(loaded.policy, dialects)
+        odd = [*_odd(loaded, str(args.policy)), *_odd_candidate(loaded)]
         for each in odd:
             say(f"warning: {each}")
         workers = loaded.policy.fleet.workers

@@ -19,6 +19,7 @@ from disagg_plugins.cli.common import (
     say,
 )
 from disagg_plugins.cli.environment import get_json
+from disagg_plugins.telemetry.split_words import beside_happened
 
 if TYPE_CHECKING:
     import argparse
@@ -112,8 +113,7 @@ def table(now: Look, before: Look | None = None) -> Iterator[str]:
     )
     yield (
         f"split: {split.get('happened', 0)} of {split.get('routed_disaggregated', 0)} happened"
-        + (f", {split['unobserved']} unobserved" if split.get("unobserved") else "")
-        + f" ({split.get('recent_requests', 0)} last requests)   handoffs: "
+        + f"{beside_happened(split)} ({split.get('recent_requests', 0)} last requests)   handoffs: "
         + (", ".join(f"{k} {v:g}" for k, v in (status.get("handoffs") or {}).items()) or "none")
     )
     yield ""

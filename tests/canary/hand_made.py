@@ -47,7 +47,7 @@ def made_document(text: str = "plain") -> dict[str, Any]:
                 "workers": [
                     {"name": f"{arm}-0 {text}", "role": "decode", "healthy": False, "reason": text}
                 ],
-                "split": {"routed": 40, "happened": 39},
+                "split": {"routed": 40, "happened": 39, "ended_by_prefill": 1},
             }
             for arm in ("baseline", "candidate")
         },

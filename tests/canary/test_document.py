@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from disagg_plugins.canary.document import SHOWN_POINTS, _distribution, _thin, finite
+from disagg_plugins.canary.document import SHOWN_POINTS, _distribution, _split, _thin, finite
 from disagg_plugins.canary.histogram import Histogram
 from disagg_plugins.canary.lookout import Point
 
@@ -21,6 +21,14 @@ def test_what_json_has_no_word_for_is_null() -> None:
     assert finite(float("inf")) is None
     assert finite(None) is None
     assert finite(1.5) == 1.5
+
+
+def test_splits_that_could_not_be_seen_are_told_apart_from_those_that_failed() -> None:
+    ends = ["yes", "yes", "unobserved", "no: ended by prefill", "no: load failed"]
+    recent = [("disaggregated", end, "") for end in ends] + [("local", "no", "short")]
+    assert _split(recent) == {
+        "routed": 5, "happened": 2, "unobserved": 1, "ended_by_prefill": 1,
+    }  # fmt: skip
 
 
 def test_a_distribution_counts_every_request_of_both_arms_once() -> None:

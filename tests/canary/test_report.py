@@ -66,7 +66,7 @@ def test_it_tells_the_figures_without_javascript() -> None:
 def test_it_tells_the_arms_and_their_workers_without_javascript() -> None:
     words = shown(made_document("worn out"))
     assert "candidate-0 worn out (decode): worn out" in words
-    assert "39 of 40" in words
+    assert "39 of 40, 1 ended by prefill" in words
 
 
 def test_it_tells_lost_copies_without_javascript() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from disagg_plugins.cli.canary import lines
 from disagg_plugins.cli.main import main
+from tests.canary.hand_made import made_document
 from tests.canary.side_by_side import build_side_by_side
 from tests.gateway.harness import SECRET
 
@@ -41,6 +43,11 @@ def test_a_rollout_is_started_held_resumed_and_rolled_back(arms, policy, capsys)
     told = capsys.readouterr().out
     assert "abort by bob, 50 % to 0 %: enough" in told
     assert "hold by" in told
+
+
+def test_answers_that_prefill_ended_are_told_apart() -> None:
+    told = "\n".join(lines(made_document()))
+    assert "of the last ones 40 split and 39 really so, 1 ended by prefill" in told
 
 
 def test_what_is_not_allowed_now_exits_with_1_and_says_why(arms, policy, capsys) -> None:

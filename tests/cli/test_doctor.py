@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from disagg_plugins.cli.checks import CheckContext, Finding, Level
 from disagg_plugins.cli.doctor import run_check
@@ -47,6 +48,35 @@ def test_workers_whose_engine_carries_its_handoffs_stage_nothing(
     assert "no worker here stages KV" in memory["detail"]
 
 
+@pytest.mark.parametrize(
+    ("engines", "rule", "levels"),
+    [
+        (("vllm", "trtllm-native"), "threshold", ["problem"]),
+        (("vllm", "trtllm-native"), "never", []),
+        (("trtllm-native", "trtllm-native"), "threshold", []),
+        (("vllm", "vllm", "trtllm-native"), "threshold", ["warning"]),
+    ],
+)
+def test_pairs_of_engines_that_cannot_hand_over_to_each_other_are_named(
+    disagg: Any,
+    write_policy: Callable[..., Path],
+    engines: tuple[str, ...],
+    rule: str,
+    levels: list[str],
+) -> None:
+    path = write_policy(scheduler={"split": {"rule": rule}})
+    said = yaml.safe_load(path.read_text())
+    p0, d0 = said["fleet"]["workers"]
+    d1 = {**d0, "name": "d1", "url": "http://127.0.0.1:9"}
+    workers = [{**w, "engine": e} for w, e in zip((p0, d0, d1), engines, strict=False)]
+    path.write_text(yaml.safe_dump({**said, "fleet": {"workers": workers}}))
+    done = disagg("doctor", path, "--json", env=SECRET)
+    found = [f for f in json.loads(done.stdout)["workers"] if f["subject"] == "pairs"]
+    assert [f["level"] for f in found] == levels
+    assert all("trtllm-native hands over by its own means" in f["detail"] for f in found)
+    assert all(f["fix"] for f in found)
+
+
 def test_live_alone_asks_only_the_gateway(disagg: Any, free_port: Callable[[], int]) -> None:
     done = disagg("doctor", "--live", f"http://127.0.0.1:{free_port()}")
     assert done.returncode == 1
@@ -67,6 +97,15 @@ def test_live_without_a_url_asks_the_gateway_of_the_policy(
 def test_live_of_no_gateway_is_an_error_that_names_both_ways(given: list[str], capsys: Any) -> None:
     assert main(["doctor", *given]) == 2
     assert "disagg doctor disagg.yaml --live" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arm", ["baseline", "candidate"])
+@pytest.mark.parametrize("policy", [[], ["disagg.yaml"]])
+def test_an_arm_without_live_is_refused(policy: list[str], arm: str, capsys: Any) -> None:
+    assert main(["doctor", *policy, "--arm", arm]) == 2
+    told = capsys.readouterr()
+    assert "--arm: without --live no gateway is asked" in told.err
+    assert told.out == ""
 
 
 def test_check_that_raises_is_a_problem_and_stops_nothing() -> None:

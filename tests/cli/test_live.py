@@ -119,6 +119,62 @@ def test_own_transports_that_fall_back_are_found_without_advice_about_a_connecto
     assert "`failures`" in found.fix
 
 
+@pytest.mark.parametrize(
+    ("workers", "advice"),
+    [
+        ([worker("w", "both")], "`failures`"),
+        ([worker("w", "decode")], "`failures`"),
+        ([worker("w", "both"), worker("v", "both", handoffs=False)], "`failures`"),
+        ([worker("w", "both"), worker("v", "both")], "connector"),
+        ([worker("p", "prefill"), worker("d", "decode")], "connector"),
+    ],
+)
+def test_workers_that_share_no_handoff_do_not_decide_what_is_advised(
+    workers: list[dict[str, Any]], advice: str
+) -> None:
+    told = split(10, 0, not_happening={"no: prefill no_handoff": 10})
+    (found,) = bad(status(workers=[own("c", "prefill"), own("g", "decode"), *workers], split=told))
+    assert found.level is Level.PROBLEM
+    assert advice in found.fix
+
+
+def test_a_client_that_leaves_among_answers_that_prefill_ended_is_no_problem() -> None:
+    found = status(split=split(10, 0, ended_by_prefill=9, not_happening={"no: client_gone": 1}))
+    assert bad(found) == []
+    said = [f.detail for f in judge(found) if f.subject == "split"]
+    assert "9 of the last 10 requests were ended by prefill" in said[0]
+    assert "1 of 10 requests ended before KV could be loaded (client_gone 1)" in said[1]
+
+
+def test_requests_that_ended_early_do_not_hide_that_all_others_were_split() -> None:
+    found = status(split=split(10, 6, not_happening={"no: client_gone": 3, "no: deadline": 1}))
+    assert bad(found) == []
+    said = "\n".join(f.detail for f in judge(found))
+    assert "6 of the last 10 requests were split, all with KV loaded" in said
+    assert "(client_gone 3, deadline 1)" in said
+
+
+def test_where_every_client_left_no_split_has_completed_yet() -> None:
+    (found,) = bad(status(split=split(4, 0, not_happening={"no: client_gone": 4})))
+    assert found.level is Level.WARNING
+    assert found.detail.startswith("no split has completed yet: 4 of 4 requests ended before")
+    assert "connector" not in found.fix
+
+
+def test_clients_that_leave_do_not_make_a_load_that_failed_look_rare() -> None:
+    told = {"no: client_gone": 95, "no: load failed": 2}
+    (found,) = bad(status(split=split(100, 3, not_happening=told)))
+    assert found.level is Level.PROBLEM
+    assert "2 of 100 split requests loaded no KV: decode could not load" in found.detail
+
+
+def test_among_answers_that_prefill_ended_a_rare_failure_is_a_warning_with_its_fix() -> None:
+    told = split(100, 0, ended_by_prefill=98, not_happening={"no: no report": 2})
+    (found,) = bad(status(split=told))
+    assert found.level is Level.WARNING
+    assert "--kv-transfer-config" in found.fix, "no split has shown that there is a connector"
+
+
 def test_of_two_kinds_of_splits_each_is_told() -> None:
     found = status(split=split(5, 3, unobserved=2))
     assert bad(found) == []
@@ -197,9 +253,14 @@ def test_what_a_young_gateway_has_not_heard_yet_is_waited_for(
     assert not may_settle(status(**young)), "a gateway that does not tell its age"
 
 
-@pytest.mark.parametrize(("happened", "waits"), [(0, False), (1, True)])
-def test_splits_of_which_none_happened_are_told_at_once(happened: int, waits: bool) -> None:
-    split = {"happened": happened, "not_happening": {"no: no report": 1}}
+@pytest.mark.parametrize(
+    ("happened", "why", "waits"),
+    [(0, "no report", False), (1, "no report", True), (0, "client_gone", True)],
+)
+def test_splits_of_which_none_happened_are_told_at_once(
+    happened: int, why: str, waits: bool
+) -> None:
+    split = {"happened": happened, "not_happening": {f"no: {why}": 1}}
     workers = [worker("p0", "prefill"), worker("d0", "decode", hello=None)]
     assert may_settle(status(up_s=3.0, split=split, workers=workers)) is waits
 

@@ -75,6 +75,54 @@ def test_a_pair_that_the_gateway_would_refuse_is_refused(
     assert "right;" not in done.stdout
 
 
+def with_candidate(path: Path, *named: str) -> Path:
+    """Return a baseline whose candidate is the policy at ``path``, with these engines."""
+    candidate = engines(path, *named).rename(path.with_name("candidate.yaml"))
+    said = yaml.safe_load(candidate.read_text())
+    for worker in said["fleet"]["workers"]:
+        del worker["engine"]
+        worker["name"] = f"today-{worker['name']}"
+    path.write_text(yaml.safe_dump({**said, "canary": {"candidate": candidate.name}}))
+    return path
+
+
+def test_pairs_of_the_candidate_that_its_gateway_would_refuse_are_refused(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = with_candidate(write_policy(), "vllm", "trtllm-native")
+    done = disagg("policy", "check", path, env=SECRET)
+    assert done.returncode == 2
+    assert f"{path.with_name('candidate.yaml')}: fleet.workers: " in done.stderr
+    assert "p0 is vllm, d0 is trtllm-native" in done.stderr
+    assert "right;" not in done.stdout
+
+
+def test_what_is_odd_in_the_candidates_fleet_is_told_and_fails_a_strict_check(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = with_candidate(write_policy(), "vllm", "vlm")
+    done = disagg("policy", "check", path, env=SECRET)
+    assert done.returncode == 0
+    assert "warning: the candidate: fleet.workers names the engine 'vlm'" in done.stderr
+    assert disagg("policy", "check", "--strict", path, env=SECRET).returncode == 1
+
+
+def test_a_candidate_that_is_right_is_not_told_of(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    done = disagg("policy", "check", with_candidate(write_policy(), "vllm", "vllm"), env=SECRET)
+    assert done.returncode == 0
+    assert "the candidate:" not in done.stderr
+
+
+def test_a_candidate_that_is_not_there_is_a_warning(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    done = disagg("policy", "check", write_policy(canary={"candidate": "no.yaml"}), env=SECRET)
+    assert done.returncode == 0
+    assert "canary.candidate: there is no file" in done.stderr
+
+
 def test_an_engines_own_transport_is_explained(
     disagg: Any, write_policy: Callable[..., Path]
 ) -> None:

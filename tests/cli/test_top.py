@@ -49,6 +49,14 @@ def test_splits_that_nobody_observes_are_told_apart() -> None:
     assert told[1].startswith("split: 0 of 5 happened, 5 unobserved (10 last requests)")
 
 
+def test_answers_that_prefill_ended_are_told_apart() -> None:
+    split = {
+        "recent_requests": 10, "routed_disaggregated": 10, "happened": 0, "ended_by_prefill": 10,
+    }  # fmt: skip
+    told = list(table(Look(status(worker("d0"), split=split), 1.0)))
+    assert told[1].startswith("split: 0 of 10 happened, 10 ended by prefill (10 last requests)")
+
+
 def test_what_is_wrong_stands_below() -> None:
     sick = worker("d0", healthy=False, reason="refused: nobody listens", failed={"refused": 3})
     found = status(sick, split_problems=["other model"], plugin_failures={"x": 2})

@@ -84,7 +84,8 @@
   function arms(d) {
     const rows = Object.entries(d.arms).map(([name, a]) => [
       name, a.model, a.requests, a.in_flight,
-      `${a.split.happened} of ${a.split.routed}` + (a.split.unobserved ? `, ${a.split.unobserved} unobserved` : ""),
+      `${a.split.happened} of ${a.split.routed}` + (a.split.unobserved ? `, ${a.split.unobserved} unobserved` : "")
+        + (a.split.ended_by_prefill ? `, ${a.split.ended_by_prefill} ended by prefill` : ""),
       a.workers.map((w) => `${w.name} (${w.role}): ${w.healthy ? "healthy" : w.reason}`).join("; "),
     ]);
     return table(["Arm", "Model", "Requests", "In flight", "Really split, of the last", "Workers"], rows, "Arms");
