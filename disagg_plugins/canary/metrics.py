@@ -55,7 +55,7 @@ class Outcome:
         arrival_s: When it arrived; any clock, the same for all.
         ended: ``overdue``: still open at the horizon (see ``cohort``).
         ttft_s: None: no first token, or the answer was not streamed.
-        tpot_s: None: fewer than two tokens, or not streamed.
+        tpot_s: None: no token came after the first piece, or it was not streamed.
         e2e_s: Until its end, whichever that was.
         stream: Answers in one piece have no first token of their own.
         within_slo: Whether it kept all bounds of its SLO class; None: it has none, or nobody knows.
