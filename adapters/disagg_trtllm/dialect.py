@@ -141,11 +141,11 @@ class TrtllmDialect:
                 what is told cannot be.
         """
         prompt, token = told.get("prompt"), told.get("token")
-        if not isinstance(prompt, list) or not all(type(i) is int and i >= 0 for i in prompt):
+        if not isinstance(prompt, list) or not all(map(_is_token, prompt)):
             raise RemoteProtocolError(f"the prompt is told as {prompt!r:.60}")
         if len(prompt) != (read := _read(answer)):
             raise RemoteProtocolError(f"{len(prompt)} prompt tokens are told, and {read} were read")
-        if type(token) is not int or not 0 <= token < 1 << 31:
+        if not isinstance(token, int) or not _is_token(token):
             raise RemoteProtocolError(f"the first token is told as {token!r:.40}")
         choices = answer.get("choices")
         choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
@@ -200,6 +200,10 @@ class TrtllmDialect:
             "prompt": published.prompt,
             "endpoints": list(published.endpoints),
         }
+
+
+def _is_token(told: object) -> bool:
+    return type(told) is int and 0 <= told < 1 << 32  # as tokenizers have them
 
 
 def _read(answer: Body) -> int:

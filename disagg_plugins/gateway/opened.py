@@ -59,7 +59,7 @@ class Opened:
         if plain is None:
             silent = self._begun or _data(event) is None
             return event if silent else self._unopened(event)
-        if "error" in plain:
+        if plain.get("error"):
             self._begun = True
             return event
         changed = False

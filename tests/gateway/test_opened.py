@@ -142,6 +142,14 @@ def test_nothing_is_added_to_an_error() -> None:
     assert opened().stream(error + DONE) == error + DONE
 
 
+def test_a_field_for_errors_that_is_empty_is_none() -> None:
+    data = opened().stream(event(" upon").replace(b"{", b'{"error":null,', 1))
+    assert [json.loads(e[5:])["choices"][0]["text"] for e in data.split(b"\n\n") if e] == [
+        "Once",
+        " upon",
+    ]
+
+
 def test_a_stream_that_read_another_prompt_is_found_by_its_usage() -> None:
     this = opened()
     assert this.misread(event(" upon") + event(" a", usage=usage(4, 1))) is None

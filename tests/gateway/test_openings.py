@@ -179,6 +179,7 @@ FALSE = [
     {"prompt": PROMPT, "token": -1}, {"prompt": PROMPT, "token": True},
     {"prompt": [*PROMPT[:-1], 1.5], "token": TOKEN}, {"prompt": "x", "token": TOKEN},
     {"prompt": PROMPT, "token": TOKEN + 1}, {"prompt": PROMPT, "token": 1 << 40},
+    {"prompt": [1 << 70, *PROMPT[1:]], "token": TOKEN},
 ]  # fmt: skip
 
 
