@@ -285,10 +285,10 @@ def _observed(status: Mapping[str, Any], split: Mapping[str, Any]) -> Iterator[F
     fix = OWN_TRANSPORT_FIX if own else CONNECTOR_FIX
     if not own and happened + unobserved:
         fix = "see the per-request records (handoff.problem)"
-    good = happened + unobserved + ended
+    good = happened + unobserved
     for word, count in _missed(split).items():
         yield Finding(
-            Level.PROBLEM if good == 0 or count * 10 > routed - early else Level.WARNING,
+            Level.PROBLEM if good == 0 or count * 10 > expected + unobserved else Level.WARNING,
             "split",
             f"{count} of {routed} split requests loaded no KV: {REASONS.get(word, word)}",
             fix,

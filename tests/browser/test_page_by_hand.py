@@ -93,6 +93,12 @@ def test_each_chart_has_its_figures_as_a_table(site: Site, seen: Seen) -> None:
     expect(spread.get_by_role("cell", name="900")).to_be_visible()
 
 
+def test_answers_that_prefill_ended_are_told_apart(site: Site, seen: Seen) -> None:
+    go(seen.page, site)
+    told = seen.page.get_by_role("cell", name="39 of 40, 1 ended by prefill")
+    expect(told.first).to_be_visible()
+
+
 def test_a_new_link_in_the_same_tab_brings_its_token(site: Site, seen: Seen) -> None:
     page = seen.page
     go(page, site, token="see.1.old")

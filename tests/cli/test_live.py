@@ -168,10 +168,10 @@ def test_clients_that_leave_do_not_make_a_load_that_failed_look_rare() -> None:
     assert "2 of 100 split requests loaded no KV: decode could not load" in found.detail
 
 
-def test_among_answers_that_prefill_ended_a_rare_failure_is_a_warning_with_its_fix() -> None:
+def test_answers_that_prefill_ended_do_not_hide_that_no_handoff_happened() -> None:
     told = split(100, 0, ended_by_prefill=98, not_happening={"no: no report": 2})
     (found,) = bad(status(split=told))
-    assert found.level is Level.WARNING
+    assert found.level is Level.PROBLEM
     assert "--kv-transfer-config" in found.fix, "no split has shown that there is a connector"
 
 
