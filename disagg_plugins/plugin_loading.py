@@ -108,7 +108,8 @@ class HookManager(pluggy.PluginManager):
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
         """Return the marker's options of an attribute, or None where it is no hook."""
-        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+        everybodys = name.startswith("__") and name.endswith("__")
+        return None if everybodys else super().parse_hookimpl_opts(plugin, name)
 
 
 def register(manager: pluggy.PluginManager, name: str, plugin: object) -> tuple[str, ...]:

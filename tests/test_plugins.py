@@ -71,6 +71,13 @@ def eventually(condition, within_s=SLOW_MACHINE_S):
         pause.wait(0.002)
 
 
+def test_a_hook_may_stand_under_a_private_name(load) -> None:
+    hidden = hookimpl(specname="disagg_register_dialects")(lambda: [])
+    host = load(SimpleNamespace(__dialects=hidden))
+    assert host.failures == ()
+    assert [info.hooks for info in host.describe()] == [("disagg_register_dialects",)]
+
+
 class Bound:
     """A class whose hook is a method; the host makes the instance."""
 

@@ -284,8 +284,8 @@ class Parity:
     def _suspicious(self, bucket: int) -> list[str]:
         """Say what differs more in a bucket than it may so far, proven or not.
 
-        Rare buckets are long in telling: there it takes ``LEAST_ODD`` pairs that differ, and more
-        than a standard error, for one odd pair would hold the step for days.
+        Rare buckets are long in telling: there it takes ``LEAST_ODD`` pairs that differ, and by
+        more than a standard error, for one odd pair would hold the step for days.
         """
         found, rare = [], not self._counts(bucket)
         for aspect in SHARES:
@@ -297,8 +297,7 @@ class Parity:
             if rare:
                 if share * theirs.count < LEAST_ODD - 0.5:
                     continue
-                parts = share * (1.0 - share) / theirs.count, own * (1.0 - own) / (ours.count or 1)
-                chance = math.sqrt(sum(parts))
+                chance = math.sqrt(share * (1.0 - share) / theirs.count)
             if share > self._bound(aspect).of(own) + chance:
                 found.append(
                     f"parity, {self._names[bucket]}: {aspect} in {amount(share)} of "

@@ -94,6 +94,10 @@ def test_a_rare_length_whose_answers_all_differ_holds_a_step(baseline) -> None:
     assert "prompts of 8000 and more tokens: different in 1 of 3" in case.judge()[0].reasons[0]
 
 
+def test_two_pairs_of_the_baseline_excuse_little_in_a_rare_length() -> None:
+    assert rare([OTHER] * 8 + [SAME] * 2, [OTHER, SAME], 1_000).decide() == "wait"
+
+
 def test_chance_in_a_rare_length_holds_a_step_no_longer_than_it_seems_more() -> None:
     mixed = [OTHER] * 3 + [SAME] * 5
     assert rare(mixed, [SAME] * 8, 1_000).decide() == "wait"
