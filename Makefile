@@ -165,7 +165,8 @@ lint: $(DEV)/.ready ## Check style, import rules and types.
 # The first collection compiles the tests for all processes, on the core that lint leaves idle.
 test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine (under two minutes on two cores).
 	@$(DEV)/bin/python -m pytest -q $(QUICK) --collect-only > /dev/null & collecting=$$!; \
-	$(MAKE) --no-print-directory lint || { kill $$collecting 2> /dev/null; exit 1; }; wait $$collecting || true
+	trap 'kill $$collecting 2> /dev/null || true' EXIT INT TERM; \
+	$(MAKE) --no-print-directory lint; wait $$collecting || true
 	$(DEV)/bin/python -m pytest -q $(IN_PARALLEL) $(QUICK)
 
 # What an editable install hides: files that the wheel lacks, entry points, console script.

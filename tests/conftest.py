@@ -32,6 +32,7 @@ LONGEST = (
 """Files with tests of many seconds: one that came last would be waited for alone."""
 
 
+@pytest.hookimpl(trylast=True)  # after -m has taken away what is not run
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put one of the longest files after the other first in the share of each process."""
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

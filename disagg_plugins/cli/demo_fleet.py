@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,18 +36,24 @@ LEAST_WORDS = 40
 """Of a prompt that is split."""
 
 
+def _absolute(path: str) -> str:
+    with contextlib.suppress(RuntimeError):  # of a user who is not known here
+        return str(Path(path).expanduser().absolute())
+    return str(Path(path).absolute())
+
+
 def launch_python(python: str) -> str:
     """Return an interpreter as a policy anywhere names it; a name is looked up on PATH."""
     if "/" not in python:
         return python
     # Not resolved: a virtual environment is found by the link's own place.
-    return str(Path(python).expanduser().absolute())
+    return _absolute(python)
 
 
 def policy(args: argparse.Namespace, ports: Sequence[int], gateway: int) -> dict[str, object]:
     """Return the policy of two workers behind a gateway, or of one."""
     roles = ("prefill", "decode") if len(ports) == 2 else ("both",)
-    model = args.model if args.model == GENERATED else str(Path(args.model).expanduser().absolute())
+    model = args.model if args.model == GENERATED else _absolute(args.model)
     return {
         "model": MODEL,
         "fleet": {

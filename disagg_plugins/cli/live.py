@@ -19,6 +19,9 @@ from disagg_plugins.gateway.worker_state import NOT_PROBED
 from disagg_plugins.telemetry.ledger import ENDED_EARLY
 from disagg_plugins.telemetry.reports import HELLO_EVERY_S
 
+BEFORE_LOADING = (*ENDED_EARLY, "hedged")
+"""Splits of which nothing had to be loaded: their request ended, or another worker answered it."""
+
 REASONS = {
     "no report": "no decode worker reported a load",
     "nothing loaded": "decode reported a load of nothing",
@@ -213,13 +216,13 @@ def _split(status: Mapping[str, Any]) -> Iterator[Finding]:
 def _missed(split: Mapping[str, Any]) -> dict[str, int]:
     """Return the splits that had to load KV and did not, by the gateway's word for why."""
     told = _words(split)
-    return {word: told[word] for word in told if word not in ENDED_EARLY}
+    return {word: told[word] for word in told if word not in BEFORE_LOADING}
 
 
 def _early(split: Mapping[str, Any]) -> dict[str, int]:
     """Return the splits whose request ended before KV could be loaded, by how it ended."""
     told = _words(split)
-    return {word: told[word] for word in told if word in ENDED_EARLY}
+    return {word: told[word] for word in told if word in BEFORE_LOADING}
 
 
 def _words(split: Mapping[str, Any]) -> dict[str, int]:

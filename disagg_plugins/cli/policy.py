@@ -59,7 +59,9 @@ def _odd_candidate(baseline: LoadedPolicy) -> list[str]:
     path = baseline.base_dir / canary.candidate.expanduser() if canary is not None else None
     if path is None or not path.is_file():
         return []
-    return [f"the candidate: {each}" for each in _odd(read_quietly(path), str(path))]
+    loaded = read_quietly(path)
+    odd = [*loaded.warnings, *_odd(loaded, str(path))]
+    return [f"the candidate: {each}" for each in odd]
 
 
 class PolicyCommand:

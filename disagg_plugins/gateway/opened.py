@@ -17,7 +17,7 @@ from disagg_plugins.gateway.trail import read_event
 if TYPE_CHECKING:
     from disagg_plugins.gateway.dialect import Body, Opening
 
-USAGE = (b'"usage":{', b'"usage": {')
+USAGE = b'"usage"'
 
 _encode = msgspec.json.encode
 
@@ -37,18 +37,18 @@ class Opened:
 
     def stream(self, data: bytes) -> bytes:
         """Return events of the decode worker's stream as the client gets them."""
-        if self._begun and not _has_usage(data):
+        if self._begun and USAGE not in data:
             return data
         return b"\n\n".join([self._event(event) if event else event for event in _split(data)])
 
     def misread(self, data: bytes) -> str | None:
         """Return how events of the stream say that decode read another prompt, or None."""
-        if not _has_usage(data):
+        if USAGE not in data:
             return None
         for event in _split(data):
             try:
                 usage = (_read(event) or {}).get("usage")
-                if isinstance(usage, dict):
+                if isinstance(usage, dict) and type(usage.get("prompt_tokens")) is int:
                     self._check(usage)
             except RemoteProtocolError as exc:
                 return str(exc)
@@ -121,10 +121,6 @@ class Opened:
             prompt if prompt is None else prompt - 1,
             output if output is None else output + 1,
         )
-
-
-def _has_usage(data: bytes) -> bool:
-    return USAGE[0] in data or USAGE[1] in data
 
 
 def _split(data: bytes) -> list[bytes]:

@@ -54,3 +54,7 @@ def test_each_finding_is_told_of_its_own_option_once() -> None:
         "--model: m is none (name the folder of a model); "
         "--python: py hangs (name the python of the environment that has the engine)"
     )
+
+
+def test_the_home_of_a_user_who_is_not_known_is_no_crash() -> None:
+    assert launch_python("~nobodyx/python").endswith("/~nobodyx/python")

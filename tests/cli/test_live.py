@@ -175,6 +175,10 @@ def test_answers_that_prefill_ended_do_not_hide_that_no_handoff_happened() -> No
     assert "--kv-transfer-config" in found.fix, "no split has shown that there is a connector"
 
 
+def test_answers_of_a_hedge_are_no_splits_that_failed() -> None:
+    assert bad(status(split=split(5, 4, not_happening={"no: hedged": 1}))) == []
+
+
 def test_of_two_kinds_of_splits_each_is_told() -> None:
     found = status(split=split(5, 3, unobserved=2))
     assert bad(found) == []

@@ -153,6 +153,20 @@ def test_a_field_for_errors_that_is_empty_is_none() -> None:
 def test_a_stream_that_read_another_prompt_is_found_by_its_usage() -> None:
     this = opened()
     assert this.misread(event(" upon") + event(" a", usage=usage(4, 1))) is None
+    assert this.misread(event(" a", usage={"completion_tokens": 1})) is None
     why = this.misread(event(" a") + b": ping\n" + event(None, usage=usage(999, 1)))
     assert why is not None
     assert "read 999 tokens, not the 4" in why
+
+
+def test_a_usage_over_two_lines_is_counted_too() -> None:
+    this = opened()
+    data = (
+        b'data: {"choices": [], "usage":\ndata: {"prompt_tokens": 9, "completion_tokens": 1}}\n\n'
+    )
+    assert this.misread(data) is not None
+    right = data.replace(b": 9", b": 4")
+    assert this.misread(right) is None
+    this.stream(event(" upon"))
+    (said,) = events(this.stream(right) + DONE)
+    assert said["usage"] == {"prompt_tokens": 3, "completion_tokens": 2}
