@@ -151,7 +151,7 @@ model-tests: model
 # --- checks -----------------------------------------------------------------------------------
 
 # Tests without an engine mostly wait (for time-outs, for processes), so more than the cores is right.
-JOBS ?= 6
+JOBS ?= 8
 # In shares of equal size, of which those who are done take over a part.
 IN_PARALLEL = -n $(JOBS) --dist worksteal
 QUICK := -m "not engine and not browser"
