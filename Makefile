@@ -163,7 +163,7 @@ lint: $(DEV)/.ready ## Check style, import rules and types.
 	$(DEV)/bin/mypy
 
 # The first collection compiles the tests for all processes, on the core that lint leaves idle.
-test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine (under two minutes on two cores).
+test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine (about two minutes on two cores).
 	@$(DEV)/bin/python -m pytest -q $(QUICK) --collect-only > /dev/null & collecting=$$!; \
 	trap 'kill $$collecting 2> /dev/null || true' EXIT INT TERM; \
 	$(MAKE) --no-print-directory lint; wait $$collecting || true
