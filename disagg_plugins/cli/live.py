@@ -284,11 +284,10 @@ def _observed(status: Mapping[str, Any], split: Mapping[str, Any]) -> Iterator[F
             f"({tokens:g} prompt tokens taken from handoffs in all)",
         )
         return
-    own = _only_own_transport(status)
+    own, good = _only_own_transport(status), happened + unobserved
     fix = OWN_TRANSPORT_FIX if own else CONNECTOR_FIX
-    if not own and happened + unobserved:
+    if not own and good:
         fix = "see the per-request records (handoff.problem)"
-    good = happened + unobserved
     for word, count in _missed(split).items():
         yield Finding(
             Level.PROBLEM if good == 0 or count * 10 > expected + unobserved else Level.WARNING,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from disagg_plugins.cli.main import main
 from disagg_plugins.cli.top import Look, table
 
@@ -41,20 +43,12 @@ def test_the_first_look_has_no_rates() -> None:
     assert told[4].split()[6:8] == ["-", "-"]
 
 
-def test_splits_that_nobody_observes_are_told_apart() -> None:
-    split = {
-        "recent_requests": 10, "routed_disaggregated": 5, "happened": 0, "unobserved": 5,
-    }  # fmt: skip
+@pytest.mark.parametrize("key", ["unobserved", "ended_by_prefill"])
+def test_splits_of_which_no_kv_was_seen_and_need_not_be_are_told_apart(key: str) -> None:
+    split = {"recent_requests": 10, "routed_disaggregated": 5, "happened": 0, key: 5}
     told = list(table(Look(status(worker("d0"), split=split), 1.0)))
-    assert told[1].startswith("split: 0 of 5 happened, 5 unobserved (10 last requests)")
-
-
-def test_answers_that_prefill_ended_are_told_apart() -> None:
-    split = {
-        "recent_requests": 10, "routed_disaggregated": 10, "happened": 0, "ended_by_prefill": 10,
-    }  # fmt: skip
-    told = list(table(Look(status(worker("d0"), split=split), 1.0)))
-    assert told[1].startswith("split: 0 of 10 happened, 10 ended by prefill (10 last requests)")
+    said = key.replace("_", " ")
+    assert told[1].startswith(f"split: 0 of 5 happened, 5 {said} (10 last requests)")
 
 
 def test_what_is_wrong_stands_below() -> None:
