@@ -15,15 +15,20 @@ random and at the same time, and no verdict is better than that.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 
 import numpy as np
 
-from disagg_plugins.canary.evidence import CoinEvidence, log_above, log_below
-from disagg_plugins.canary.histogram import LOWER, UPPER, Histogram
+from disagg_plugins.canary.evidence import log_above, log_below
+from disagg_plugins.canary.histogram import LOWER, NUM_BINS, UPPER, Histogram
 from disagg_plugins.canary.state import integer, known, number
 
 STEPS = 60
-"""Of bisection: after so many an interval in [0, 1] is as exact as a float."""
+"""Of the search for a bound, at most; ten are usual."""
+
+EXACT = 1e-12
+"""So near to each other the two sides of a bound in [0, 1] are one."""
 
 
 class Share:
@@ -87,24 +92,37 @@ def share_interval(share: Share, level: float, factor: float = 1.0) -> tuple[flo
     needed = math.log(2.0 / level)
     total, count = share.total / factor, share.count / factor
     mean = min(1.0, total / count)
-    low = high = -1.0
-    if log_above(total, count, 0.0) >= needed:
-        low, open_side = 0.0, mean  # always: the mean is proven to lie above ``low``
-        for _ in range(STEPS):
-            middle = (low + open_side) / 2
-            if log_above(total, count, middle) >= needed:
-                low = middle
-            else:
-                open_side = middle
-    if log_below(total, count, 1.0) >= needed:
-        high, open_side = 1.0, mean
-        for _ in range(STEPS):
-            middle = (high + open_side) / 2
-            if log_below(total, count, middle) >= needed:
-                high = middle
-            else:
-                open_side = middle
-    return (0.0 if low < 0.0 else low), (1.0 if high < 0.0 else high)
+    low, high = 0.0, 1.0
+    if log_above(total, count, low) >= needed:  # always: the mean is proven to lie above ``low``
+        low = _last_proven(lambda m: log_above(total, count, m) - needed, low, mean)
+    if log_below(total, count, high) >= needed:
+        high = _last_proven(lambda m: log_below(total, count, m) - needed, high, mean)
+    return low, high
+
+
+def _last_proven(excess: Callable[[float], float], proven: float, open_side: float) -> float:
+    """Return the last point towards ``open_side`` at which a function is not yet negative.
+
+    By the Illinois method (Dowell and Jarratt 1971): as sure as bisection, a fifth of its steps.
+    """
+    at_proven, at_open = excess(proven), excess(open_side)
+    if at_open >= 0.0:
+        return open_side
+    moved = ""
+    for _ in range(STEPS):
+        if abs(open_side - proven) <= EXACT:
+            break
+        middle = (proven * at_open - open_side * at_proven) / (at_open - at_proven)
+        at_middle = excess(middle)
+        if at_middle >= 0.0:
+            proven, at_proven = middle, at_middle
+            at_open = at_open / 2.0 if moved == "proven" else at_open
+            moved = "proven"
+        else:
+            open_side, at_open = middle, at_middle
+            at_proven = at_proven / 2.0 if moved == "open" else at_proven
+            moved = "open"
+    return proven
 
 
 def quantile_interval(
@@ -124,13 +142,20 @@ def quantile_interval(
     if not values.count:
         return 0.0, math.inf
     needed = math.log(2.0 / level)
-    below = values.below()
-    coin = CoinEvidence(quantile)
-    # Bin i may hold the quantile while neither "all below it" nor "all up to it" contradicts.
-    not_too_high = coin.log_above(below[:-1], values.count, factor) < needed
-    not_too_low = coin.log_below(below[1:], values.count, factor) < needed
-    possible = np.flatnonzero(not_too_high & not_too_low)
-    return LOWER[int(possible[0])], UPPER[int(possible[-1])]
+    below, count = values.below(), values.count / factor
+    # Bin i may hold the quantile while neither "all below it" nor "all up to it" contradicts,
+    # and of both the first grows with i and the second falls.
+    first = bisect_left(
+        range(NUM_BINS - 1),
+        True,
+        key=lambda i: log_below(int(below[i + 1]) / factor, count, quantile) < needed,
+    )
+    last = bisect_right(
+        range(1, NUM_BINS),
+        False,
+        key=lambda i: log_above(int(below[i]) / factor, count, quantile) >= needed,
+    )
+    return LOWER[first], UPPER[last]
 
 
 def quantile_estimate(values: Histogram, quantile: float) -> float | None:
