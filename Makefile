@@ -156,18 +156,30 @@ JOBS ?= 8
 IN_PARALLEL = -n $(JOBS) --dist worksteal
 QUICK := -m "not engine and not browser"
 
-lint: $(DEV)/.ready ## Check style, import rules and types.
-	$(DEV)/bin/ruff check .
-	$(DEV)/bin/ruff format --check .
-	PYTHONPATH=.:adapters:connectors $(DEV)/bin/lint-imports
-	$(DEV)/bin/mypy
+LINT = $(DEV)/bin/ruff check . && $(DEV)/bin/ruff format --check . && \
+  PYTHONPATH=.:adapters:connectors $(DEV)/bin/lint-imports && $(DEV)/bin/mypy
 
-# The first collection compiles the tests for all processes, on the core that lint leaves idle.
-test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine (about two minutes on two cores).
-	@$(DEV)/bin/python -m pytest -q $(QUICK) --collect-only > /dev/null & collecting=$$!; \
-	trap 'kill $$collecting 2> /dev/null || true' EXIT INT TERM; \
-	$(MAKE) --no-print-directory lint; wait $$collecting || true
-	$(DEV)/bin/python -m pytest -q $(IN_PARALLEL) $(QUICK)
+lint: $(DEV)/.ready ## Check style, import rules and types.
+	$(LINT)
+
+# Torch takes two seconds to import: not in every process, but in those of the tests that need it.
+TORCH_TESTS := tests/adapters/reference tests/adapters/trtllm tests/adapters/sglang/test_pools.py
+QUICK_TESTS := $(addprefix --ignore ,$(TORCH_TESTS))
+
+# Lint uses one core, so the tests with torch begin beside it, and so does a collection that
+# compiles the others for all processes.
+test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine (under two minutes on two cores).
+	@began=; trap 'kill $$began 2> /dev/null || true' EXIT INT TERM; \
+	$(DEV)/bin/python -m pytest -q $(QUICK) --collect-only $(QUICK_TESTS) > /dev/null & collecting=$$!; \
+	$(DEV)/bin/python -m pytest -q -n 4 --dist worksteal $(QUICK) $(TORCH_TESTS) > $(DEV)/torch-tests.log 2>&1 & torch=$$!; \
+	began="$$collecting $$torch"; \
+	$(LINT); \
+	wait $$collecting || true; \
+	failed=0; \
+	$(DEV)/bin/python -m pytest -q $(IN_PARALLEL) $(QUICK) $(QUICK_TESTS) || failed=$$?; \
+	wait $$torch || failed=$$?; \
+	echo "with torch:"; cat $(DEV)/torch-tests.log; \
+	exit $$failed
 
 # What an editable install hides: files that the wheel lacks, entry points, console script.
 WHEEL_TESTS := tests/canary/test_page_files.py tests/cli tests/adapters tests/connectors/test_contract.py tests/test_plugins.py

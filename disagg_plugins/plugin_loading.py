@@ -48,10 +48,14 @@ class Candidate:
 def entry_point_candidates() -> list[Candidate]:
     """Return the plugins that installed distributions name, sorted by name and distribution."""
     candidates = []
+    whose: dict[importlib.metadata.Distribution | None, tuple[str, str]] = {
+        None: ("unknown", "unknown")
+    }
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        distribution = point.dist.name if point.dist is not None else "unknown"
+        if point.dist not in whose and point.dist is not None:  # each question reads its file anew
+            whose[point.dist] = point.dist.name, point.dist.version
+        distribution, version = whose[point.dist]
         normalised = re.sub(r"[-_.]+", "-", distribution).lower()
-        version = point.dist.version if point.dist is not None else "unknown"
         candidates.append(
             Candidate(point.name, distribution, version, normalised == DISTRIBUTION, point.load)
         )

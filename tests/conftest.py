@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 # Machines that run tests are busy: how long an example takes says nothing.
-settings.register_profile("unhurried", deadline=None)
+settings.register_profile("unhurried", deadline=None, max_examples=50)
 settings.load_profile("unhurried")
 
 # A tenth of the tests' time went into looking for garbage among what stays until the end.
@@ -52,7 +52,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Let the collector leave alone what stays until the end."""
-    gc.collect()
     gc.freeze()
 
 

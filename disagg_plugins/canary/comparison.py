@@ -207,10 +207,10 @@ class QuantileComparison:
         self._coin = CoinEvidence(quantile)
         self._quantile = quantile
         self._fixed = not bound.ratio
-        lower = np.array(LOWER)
+        lower, upper = np.array(LOWER), np.array(UPPER)
         # If the baseline's quantile lies in bin i, the bound lies below (is at least) these edges.
-        tops = np.array([bound.of(value) for value in UPPER])
-        floors = np.array([bound.of(value) for value in LOWER])
+        tops = bound.ratio * upper + bound.offset if bound.ratio else np.full(NUM_BINS, bound.offset)
+        floors = bound.ratio * lower + bound.offset if bound.ratio else tops
         self._over = np.searchsorted(lower, tops, side="left")
         self._under = np.maximum(0, np.searchsorted(lower, floors, side="right") - 1)
         if self._fixed:  # the limit itself may be a value: "up to it" reaches into its bin

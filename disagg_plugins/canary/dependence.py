@@ -39,6 +39,8 @@ LEAST_BATCHES = 16
 level counts where it shows more than that: else the worst of many levels would always be a high
 one, and independent requests would pay for it."""
 
+FEW = 48
+"""Fewer values are taken faster one by one than as an array."""
 
 WORST = float(2 ** (LEVELS - 1))
 """No factor is greater: all of a batch are as one."""
@@ -89,6 +91,10 @@ class Dependence:
 
     def extend(self, values: Logs) -> None:
         """Take the next values of the series; as ``observe`` of each, but fast."""
+        if len(values) < FEW:
+            for value in values.tolist():
+                self.observe(value)
+            return
         for level in range(LEVELS):
             if not len(values):
                 return

@@ -170,4 +170,4 @@ class Rules(RuleBasedStateMachine):
 
 
 TestRules = Rules.TestCase
-TestRules.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestRules.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

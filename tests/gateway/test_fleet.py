@@ -102,7 +102,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(STEPS)
 @example(
     [("begin", 0, Work()), ("begin", 2, Work()), ("sick", 0, Work()), ("sick", 3, Work())]

@@ -191,7 +191,7 @@ COSTS = st.tuples(*[st.floats(0.0, 1.0)] * 3)
 LOAD = st.tuples(st.floats(1, 256), st.floats(1, 1e6), st.floats(0, 4096))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(COSTS, st.tuples(LOAD, LOAD, LOAD))
 def test_whatever_a_load_costs_equal_workers_are_not_slow(
     costs: tuple[float, ...], loads: tuple[tuple[float, ...], ...]

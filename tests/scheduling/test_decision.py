@@ -223,7 +223,7 @@ LOAD = st.builds(
 FLEETS = st.lists(st.tuples(st.sampled_from(list(Role)), LOAD), max_size=6)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(FLEETS, st.sampled_from([LONG, SHORT]))
 def test_every_route_is_possible_and_every_refusal_has_a_reason(fleet, profile):
     members = tuple(

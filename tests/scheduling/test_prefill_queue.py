@@ -176,7 +176,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.sampled_from(ORDERS), STEPS)
 def test_everybody_who_waits_is_offered_and_the_first_offer_is_who_goes_next(order, steps):
     queue, here = PrefillQueue(order), set()

@@ -103,7 +103,7 @@ def test_accounts_are_forgotten_but_not_those_with_requests(monkeypatch):
     assert book.enter("busy", 1, START_S).status == 429
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.floats(1, 1000),
     st.integers(1, 5000),
