@@ -171,7 +171,7 @@ QUICK_TESTS := $(addprefix --ignore ,$(TORCH_TESTS))
 test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine (under two minutes on two cores).
 	@began=; trap 'kill $$began 2> /dev/null || true' EXIT INT TERM; \
 	$(DEV)/bin/python -m pytest -q $(QUICK) --collect-only $(QUICK_TESTS) > /dev/null & collecting=$$!; \
-	$(DEV)/bin/python -m pytest -q -n 4 --dist worksteal $(QUICK) $(TORCH_TESTS) > $(DEV)/torch-tests.log 2>&1 & torch=$$!; \
+	$(DEV)/bin/python -m pytest -q -n 3 --dist worksteal $(QUICK) $(TORCH_TESTS) > $(DEV)/torch-tests.log 2>&1 & torch=$$!; \
 	began="$$collecting $$torch"; \
 	$(LINT); \
 	wait $$collecting || true; \

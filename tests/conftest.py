@@ -14,6 +14,9 @@ from hypothesis import settings
 settings.register_profile("unhurried", deadline=None, max_examples=50)
 settings.load_profile("unhurried")
 
+# Nothing here multiplies great matrices; threads that wait to, in each of many processes, spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # A tenth of the tests' time went into looking for garbage among what stays until the end.
 gc.set_threshold(50_000, 20, 100)
 

@@ -100,7 +100,9 @@ def test_a_killed_process_comes_back_at_the_same_step(path, writes):
         told += [writer.stdout.readline() for _ in range(writes)]
     finally:
         writer.send_signal(signal.SIGKILL)
-        told += writer.communicate(timeout=30)[0].splitlines(keepends=True)
+        with writer.stdout:  # not communicate(): it passes over what readline() has read ahead
+            told += writer.stdout.readlines()
+        writer.wait(30)
     revision, step = map(int, [line for line in told if line.endswith("\n")][-1].split())
     again = SqliteStore(path)
     found = again.load()

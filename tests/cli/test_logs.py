@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def levels() -> Iterator[None]:
-    """Put back what a test changes of the process's loggers."""
+    """Begin with loggers as a process has them at first, and put back what was."""
     loggers = [logging.getLogger(name) for name in (None, *OWN)]
     before = [logger.level for logger in loggers]
+    for logger in loggers[1:]:
+        logger.setLevel(logging.NOTSET)
     yield
     for logger, level in zip(loggers, before, strict=True):
         logger.setLevel(level)

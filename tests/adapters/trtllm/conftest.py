@@ -6,6 +6,7 @@ import functools
 import importlib
 import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -63,17 +64,20 @@ class Asked:
         self, side: Side, given: tuple[int, ...], max_tokens: int, request_id: int
     ) -> None:
         self.outputs: list[Output] = []
-        self.request = Request(request_id, given, max_tokens, tell=self.outputs.append)
+        self._over = threading.Event()
+        self.request = Request(request_id, given, max_tokens, tell=self._tell)
         self._side = side
         side.engine.submit(self.request)
+
+    def _tell(self, output: Output) -> None:
+        self.outputs.append(output)
+        if output.finish_reason is not None:
+            self._over.set()
 
     @property
     def tokens(self) -> list[int]:
         """All tokens; raises what ended the engine."""
-        end_s = time.monotonic() + WAIT_S
-        while not (self.outputs and self.outputs[-1].finish_reason):
-            assert time.monotonic() < end_s, "the request is not over"
-            time.sleep(0.001)
+        assert self._over.wait(WAIT_S), "the request is not over"
         if self.outputs[-1].finish_reason == "error":
             raise AssertionError(self.outputs[-1].problem)
         return [output.token for output in self.outputs if output.token is not None]

@@ -38,13 +38,12 @@ class WrongKV(DisaggError):
 
 def states(tokens: Sequence[int]) -> np.ndarray:
     """Return a number for each token that depends on all tokens up to it."""
-    found = np.empty(len(tokens), np.uint64)
-    state = np.uint64(1)
-    with np.errstate(over="ignore"):
-        for i, token in enumerate(tokens):
-            state = state * MULTIPLIER + np.uint64(token + 1)
-            found[i] = state
-    return found
+    found = []
+    state = 1
+    for token in tokens:
+        state = (state * int(MULTIPLIER) + token + 1) & (2**64 - 1)
+        found.append(state)
+    return np.array(found, np.uint64)
 
 
 def expected(tokens: Sequence[int], layers: int, heads: range, dim: int) -> torch.Tensor:
@@ -120,6 +119,8 @@ class DeterministicModel:
 
     def _check_rest(self, rank: int) -> None:
         found = self._pools[rank].tensor.view(torch.int32)
+        if torch.equal(found, self._shadows[rank]):
+            return
         differs = (found != self._shadows[rank]).flatten(1).any(dim=1).nonzero().flatten().tolist()
         foreign = [block for block in differs if block not in self.loading]
         if foreign:
