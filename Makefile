@@ -151,7 +151,7 @@ model-tests: model
 # --- checks -----------------------------------------------------------------------------------
 
 # Tests without an engine mostly wait (for time-outs, for processes), so more than the cores is right.
-JOBS ?= 8
+JOBS ?= 6
 # In shares of equal size, of which those who are done take over a part.
 IN_PARALLEL = -n $(JOBS) --dist worksteal
 QUICK := -m "not engine and not browser"
@@ -171,7 +171,7 @@ QUICK_TESTS := $(addprefix --ignore ,$(TORCH_TESTS))
 test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine (under two minutes on two cores).
 	@began=; trap 'kill $$began 2> /dev/null || true' EXIT INT TERM; \
 	$(DEV)/bin/python -m pytest -q $(QUICK) --collect-only $(QUICK_TESTS) > /dev/null & collecting=$$!; \
-	$(DEV)/bin/python -m pytest -q -n 3 --dist worksteal $(QUICK) $(TORCH_TESTS) > $(DEV)/torch-tests.log 2>&1 & torch=$$!; \
+	$(DEV)/bin/python -m pytest -q -n 2 --dist worksteal $(QUICK) $(TORCH_TESTS) > $(DEV)/torch-tests.log 2>&1 & torch=$$!; \
 	began="$$collecting $$torch"; \
 	$(LINT); \
 	wait $$collecting || true; \

@@ -292,8 +292,13 @@ def test_the_guides_gpu_commands_differ_from_the_executed_ones_in_the_words_it_n
     assert len(servers("gpu")) == {"changing_engines.md": 2}.get(guide.name, 3)
 
 
-def texts_of_the_code():
+@functools.cache
+def texts_of_the_code() -> tuple[str, ...]:
     """Return every text of the sources, with a mark where a value is put in."""
+    return tuple(_texts_of_the_code())
+
+
+def _texts_of_the_code():
     for folder in SOURCES:
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -310,7 +315,7 @@ def test_what_the_guide_lets_doctor_say_stands_in_the_code(guide) -> None:
     table = guide.read_text().rpartition("| symptom | what doctor says | fix |\n")[2]
     said = [word for row in table.splitlines()[1:] for word in CODE.findall(row.split(" | ")[1])]
     pieces = {piece.strip(" ()") for word in said for piece in re.split(r"\.\.\.|\bN\b", word)}
-    texts = list(texts_of_the_code())
+    texts = texts_of_the_code()
     assert len(said) > 4
     assert [p for p in pieces if not any(p in text for text in texts)] == []
 

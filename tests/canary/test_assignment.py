@@ -32,7 +32,7 @@ def arms(assigner, weight, subjects):
 @pytest.mark.parametrize("weight", [0.1, 1, 5, 33.3, 50, 99])
 @pytest.mark.parametrize("salt", ["one", "two"])
 def test_the_candidate_gets_its_share(weight, salt):
-    count, share = 20_000, weight / 100
+    count, share = 10_000, weight / 100
     found = arms(assigner(salt), weight, sessions(count)).count("candidate")
     assert abs(found - count * share) <= 4.5 * math.sqrt(count * share * (1 - share))
 

@@ -46,7 +46,9 @@ def test_arms_whose_requests_depend_on_each_other_are_rarely_rolled_back():
     ],
 )
 def test_a_candidate_on_the_margin_is_rarely_promoted(name, fault):
-    assert share(ends(20, 1_500, fault, guarded(1.1, name)), "promote") <= LEVEL
+    # alone: others could roll back before it has its chance to err
+    alone = [g for g in guarded(1.1, name) if g.required]
+    assert share(ends(20, 1_500, fault, alone), "promote") <= LEVEL
 
 
 @pytest.mark.parametrize(
