@@ -70,7 +70,7 @@ dev: $(DEV)/.ready ## Make .venvs/dev: this project, editable, and what its chec
 
 $(DEV)/.ready: $(PACKAGE_FILES) $(UV_READY) | python
 	test -x $(DEV)/bin/python || "$(UV)" venv --quiet --python "$(PYTHON)" $(DEV)
-	"$(UV)" pip install --quiet --python $(DEV)/bin/python --editable . --group dev "torch==$(TORCH_VERSION)"
+	"$(UV)" pip install --quiet --python $(DEV)/bin/python --compile-bytecode --editable . --group dev "torch==$(TORCH_VERSION)"
 	@touch $@
 
 vllm: $(VLLM)/.ready ## Make .venvs/vllm: vLLM for CPUs, and this project beside it.

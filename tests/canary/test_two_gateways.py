@@ -145,9 +145,15 @@ def test_they_agree_on_arms_one_decides_and_the_other_takes_over_when_it_is_kill
     arms = {name: {g.arm_of(name) for g in (first, second)} for name in map(str, range(40))}
     assert all(len(found) == 1 for found in arms.values()), "both send a session to one arm"
     assert set.union(*arms.values()) == {"baseline", "candidate"}
-    eventually(lambda: any(g.document()["leads"] for g in (first, second)), "one leads", WAIT_S)
-    leader, other = (first, second) if first.document()["leads"] else (second, first)
-    assert not other.document()["leads"]
+    leading: list[bool] = []
+
+    def one_leads() -> bool:
+        # a lease passes on where its holder stalls, who learns of it at its next look
+        leading[:] = (g.document()["leads"] for g in (first, second))
+        return sum(leading) == 1
+
+    eventually(one_leads, "one of them leads", WAIT_S)
+    leader, other = (first, second) if leading[0] else (second, first)
     leader.kill()
     drive([other], lambda: other.document()["progress"]["phase"] == "awaiting", "it asks")
     assert main(["canary", "approve", str(other.policy)]) == 0
