@@ -173,7 +173,7 @@ test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine (under
 	$(DEV)/bin/python -m pytest -q $(QUICK) --collect-only $(QUICK_TESTS) > /dev/null & collecting=$$!; \
 	$(DEV)/bin/python -m pytest -q -n 2 --dist worksteal $(QUICK) $(TORCH_TESTS) > $(DEV)/torch-tests.log 2>&1 & torch=$$!; \
 	began="$$collecting $$torch"; \
-	$(LINT); \
+	$(LINT) || exit $$?; \
 	wait $$collecting || true; \
 	failed=0; \
 	$(DEV)/bin/python -m pytest -q $(IN_PARALLEL) $(QUICK) $(QUICK_TESTS) || failed=$$?; \

@@ -48,7 +48,14 @@ def read_candidate(baseline: LoadedPolicy) -> Candidate | None:
     if not path.is_file():
         raise ConfigError(f"there is no file {path}", file=str(baseline.path), key=KEY)
     loaded = read_policy(path)
-    _check(baseline, loaded)
+    check_fit(baseline, loaded)
+    if baseline.secret() != loaded.secret():
+        raise ConfigError(
+            "the arms have different secrets, and their workers report to one gateway",
+            file=str(loaded.path),
+            key="secret",
+            fix="name the same secret in both policies",
+        )
     authorization = None
     if canary.shadow is not None and canary.shadow.authorization is not None:
         authorization = read_authorization(
@@ -72,7 +79,12 @@ def plan_of(baseline: LoadedPolicy, canary: CanaryPolicy) -> Plan:
         ) from exc
 
 
-def _check(baseline: LoadedPolicy, candidate: LoadedPolicy) -> None:
+def check_fit(baseline: LoadedPolicy, candidate: LoadedPolicy) -> None:
+    """Refuse a candidate that does not go with the baseline; their secrets are not read.
+
+    Raises:
+        ConfigError: It does not.
+    """
     ours, theirs = baseline.policy, candidate.policy
     where = str(candidate.path)
     if theirs.canary is not None:
@@ -107,13 +119,6 @@ def _check(baseline: LoadedPolicy, candidate: LoadedPolicy) -> None:
             fix="give both policies the same classes: the other arm would refuse their requests",
         )
     _check_goodput(baseline, candidate)
-    if baseline.secret() != candidate.secret():
-        raise ConfigError(
-            "the arms have different secrets, and their workers report to one gateway",
-            file=where,
-            key="secret",
-            fix="name the same secret in both policies",
-        )
     same = ours.telemetry.records is not None and (
         baseline.base_dir / ours.telemetry.records.expanduser()
         == candidate.base_dir / (theirs.telemetry.records or ours.telemetry.records).expanduser()

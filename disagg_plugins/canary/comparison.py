@@ -73,7 +73,7 @@ class Bound:
         return self.ratio * baseline + self.offset if self.ratio else self.offset
 
     def baseline(self, value: float) -> float:
-        """Return the value of the baseline that ``value`` is the bound for; not of a fixed limit."""
+        """Return the baseline's value that ``value`` is the bound for; a fixed limit has none."""
         return (value - self.offset) / self.ratio
 
 
@@ -209,8 +209,9 @@ class QuantileComparison:
         self._fixed = not bound.ratio
         lower, upper = np.array(LOWER), np.array(UPPER)
         # If the baseline's quantile lies in bin i, the bound lies below (is at least) these edges.
-        tops = bound.ratio * upper + bound.offset if bound.ratio else np.full(NUM_BINS, bound.offset)
-        floors = bound.ratio * lower + bound.offset if bound.ratio else tops
+        limit = np.full(NUM_BINS, bound.offset)
+        tops = limit if self._fixed else bound.ratio * upper + bound.offset
+        floors = limit if self._fixed else bound.ratio * lower + bound.offset
         self._over = np.searchsorted(lower, tops, side="left")
         self._under = np.maximum(0, np.searchsorted(lower, floors, side="right") - 1)
         if self._fixed:  # the limit itself may be a value: "up to it" reaches into its bin

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from disagg_plugins.canary.candidate import check_fit
 from disagg_plugins.cli.common import add_policy, read_policy, say, unknown_names
 from disagg_plugins.errors import ConfigError
 from disagg_plugins.plugins import PluginHost
@@ -53,13 +54,15 @@ def _odd_candidate(baseline: LoadedPolicy) -> list[str]:
     """Return the same of the candidate of a canary; one that is not there was told already.
 
     Raises:
-        ConfigError: Its policy is wrong, or no two of its workers can share a handoff.
+        ConfigError: Its policy is wrong or does not go with the baseline's, or no two of its
+            workers can share a handoff.
     """
     canary = baseline.policy.canary
     path = baseline.base_dir / canary.candidate.expanduser() if canary is not None else None
     if path is None or not path.is_file():
         return []
     loaded = read_quietly(path)
+    check_fit(baseline, loaded)
     odd = [*loaded.warnings, *_odd(loaded, str(path))]
     return [f"the candidate: {each}" for each in odd]
 

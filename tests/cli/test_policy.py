@@ -97,6 +97,18 @@ def test_pairs_of_the_candidate_that_its_gateway_would_refuse_are_refused(
     assert "right;" not in done.stdout
 
 
+def test_a_candidate_that_does_not_go_with_the_baseline_is_refused(
+    disagg: Any, write_policy: Callable[..., Path]
+) -> None:
+    path = with_candidate(write_policy(), "vllm", "vllm")
+    said = yaml.safe_load(path.with_name("candidate.yaml").read_text())
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "fleet": said["fleet"]}))
+    done = disagg("policy", "check", path)
+    assert done.returncode == 2
+    assert "workers of both arms are named d0, p0" in done.stderr
+    assert "right;" not in done.stdout
+
+
 def test_what_is_odd_in_the_candidates_fleet_is_told_and_fails_a_strict_check(
     disagg: Any, write_policy: Callable[..., Path]
 ) -> None:
