@@ -51,7 +51,7 @@ UV_READY := $(if $(UV_ON_PATH),,$(TOOLS)/bin/uv)
 
 PACKAGE_FILES := pyproject.toml disagg_plugins/__init__.py
 
-.PHONY: help test-compiled no-compiler dev vllm sglang model model-tests lint test-quick test test-engine test-vllm test-sglang test-wheel test-browser browser demo demo-canary chaos compatibility bench bench-name clean python
+.PHONY: help test-compiled no-compiler dev vllm sglang model model-tests lint test-quick test-fleet test test-engine test-vllm test-sglang test-wheel test-browser browser demo demo-canary chaos compatibility bench bench-name clean python
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -154,7 +154,7 @@ model-tests: model
 JOBS ?= 6
 # In shares of equal size, of which those who are done take over a part.
 IN_PARALLEL = -n $(JOBS) --dist worksteal
-QUICK := -m "not engine and not browser"
+QUICK := -m "not engine and not browser and not fleet"
 
 LINT = $(DEV)/bin/ruff check . && $(DEV)/bin/ruff format --check . && \
   PYTHONPATH=.:adapters:connectors $(DEV)/bin/lint-imports && $(DEV)/bin/mypy
@@ -168,7 +168,7 @@ QUICK_TESTS := $(addprefix --ignore ,$(TORCH_TESTS))
 
 # Lint uses one core, so the tests with torch begin beside it, and so does a collection that
 # compiles the others for all processes.
-test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine (under two minutes on two cores).
+test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine and no fleet (under two minutes on two cores).
 	@began=; trap 'kill $$began 2> /dev/null || true' EXIT INT TERM; \
 	$(DEV)/bin/python -m pytest -q $(QUICK) --collect-only $(QUICK_TESTS) > /dev/null & collecting=$$!; \
 	$(DEV)/bin/python -m pytest -q -n 2 --dist worksteal $(QUICK) $(TORCH_TESTS) > $(DEV)/torch-tests.log 2>&1 & torch=$$!; \
@@ -180,6 +180,9 @@ test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine (under
 	wait $$torch || failed=$$?; \
 	echo "with torch:"; cat $(DEV)/torch-tests.log; \
 	exit $$failed
+
+test-fleet: $(DEV)/.ready ## Run the tests that start whole fleets of processes: a guide, two gateways, chaos.
+	$(DEV)/bin/python -m pytest -q -n 2 --dist loadfile -m fleet $(QUICK_TESTS)
 
 # What an editable install hides: files that the wheel lacks, entry points, console script.
 WHEEL_TESTS := tests/canary/test_page_files.py tests/cli tests/adapters tests/connectors/test_contract.py tests/test_plugins.py
@@ -229,7 +232,7 @@ test-browser: browser ## Click through the canary's page in a real browser.
 
 test-engine: test-vllm test-sglang ## Run the tests that need a real engine.
 
-test: test-quick test-wheel test-compiled test-browser test-engine ## Run every test, the real-engine suite included.
+test: test-quick test-fleet test-wheel test-compiled test-browser test-engine ## Run every test, the real-engine suite included.
 
 # --- use --------------------------------------------------------------------------------------
 

@@ -21,16 +21,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 gc.set_threshold(50_000, 20, 100)
 
 LONGEST = (
-    "tests/canary/test_guide.py",
-    "tests/chaos/test_chaos.py",
-    "tests/adapters/reference/test_serve.py",
-    "tests/canary/test_two_gateways.py",
-    "tests/adapters/trtllm/test_guide.py",
-    "tests/gateway/test_resume.py",
-    "tests/gateway/test_slow_workers.py",
-    "tests/canary/test_rollouts.py",
+    "tests/adapters/trtllm/test_contract.py",
     "tests/adapters/trtllm/test_mutants.py",
+    "tests/gateway/test_resume.py",
     "tests/cli/test_up.py",
+    "tests/gateway/test_openings.py",
+    "tests/canary/test_rollouts.py",
+    "tests/gateway/test_slow_workers.py",
+    "tests/launch/test_local.py",
+    "tests/gateway/test_faults.py",
 )
 """Files with tests of many seconds: one that came last would be waited for alone."""
 

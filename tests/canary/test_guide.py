@@ -16,7 +16,7 @@ GUIDE = GUIDES / "monolithic_to_split.md"
 RUN_S = 240.0
 """About 20 s on two idle cores, most of it Python that starts; a minute beside other work."""
 
-pytestmark = pytest.mark.timeout(RUN_S + 60)
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(RUN_S + 60)]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from disagg_plugins.testing.fake_engine import FakeEngine
 from tests.canary.side_by_side import CANARY, GATEWAY, TELEMETRY
 from tests.gateway.harness import SECRET, eventually, free_port
 
+pytestmark = pytest.mark.fleet
 WAIT_S = 30.0
 
 

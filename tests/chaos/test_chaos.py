@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.run import Plan, report, run
 
+pytestmark = pytest.mark.fleet
 PLAN = Plan(seed=11, requests=240, seconds=4.0, prefills=2, decodes=3, gateways=2, gap_s=0.3)
 
 

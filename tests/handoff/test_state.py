@@ -235,6 +235,6 @@ def test_any_order_of_events_ends_once_and_frees_what_it_took() -> None:
     run_state_machine_as_test(
         AnyOrder,
         settings=settings(
-            max_examples=120, stateful_step_count=40, deadline=None, derandomize=True, database=None
+            max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None
         ),
     )
