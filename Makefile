@@ -167,12 +167,14 @@ TORCH_TESTS := tests/adapters/reference tests/adapters/trtllm tests/adapters/sgl
 QUICK_TESTS := $(addprefix --ignore ,$(TORCH_TESTS))
 
 # Lint uses one core, so the tests with torch begin beside it, and so does a collection that
-# compiles the others for all processes.
+# compiles the others for all processes. A group of their own (set -m) can be interrupted whole.
 test-quick: $(DEV)/.ready ## Run lint and every test that needs no engine and no fleet (under two minutes on two cores).
-	@began=; trap 'kill $$began 2> /dev/null || true' EXIT INT TERM; \
-	$(DEV)/bin/python -m pytest -q $(QUICK) --collect-only $(QUICK_TESTS) > /dev/null & collecting=$$!; \
+	@$(DEV)/bin/python -m pytest -q $(QUICK) --collect-only $(QUICK_TESTS) > /dev/null & collecting=$$!; \
+	set -m; \
 	$(DEV)/bin/python -m pytest -q -n 2 --dist worksteal $(QUICK) $(TORCH_TESTS) > $(DEV)/torch-tests.log 2>&1 & torch=$$!; \
-	began="$$collecting $$torch"; \
+	set +m; \
+	quit() { kill $$collecting 2> /dev/null || true; if kill -INT -- -$$torch 2> /dev/null; then wait $$torch || true; fi; }; \
+	trap quit EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
 	$(LINT) || exit $$?; \
 	wait $$collecting || true; \
 	failed=0; \

@@ -210,8 +210,9 @@ class QuantileComparison:
         lower, upper = np.array(LOWER), np.array(UPPER)
         # If the baseline's quantile lies in bin i, the bound lies below (is at least) these edges.
         limit = np.full(NUM_BINS, bound.offset)
-        tops = limit if self._fixed else bound.ratio * upper + bound.offset
-        floors = limit if self._fixed else bound.ratio * lower + bound.offset
+        with np.errstate(over="ignore"):  # beyond all bins
+            tops = limit if self._fixed else bound.ratio * upper + bound.offset
+            floors = limit if self._fixed else bound.ratio * lower + bound.offset
         self._over = np.searchsorted(lower, tops, side="left")
         self._under = np.maximum(0, np.searchsorted(lower, floors, side="right") - 1)
         if self._fixed:  # the limit itself may be a value: "up to it" reaches into its bin
